@@ -1,0 +1,289 @@
+"""The command line: parses, calls one verb, prints. Exit codes: 0 done, 1 a check failed, 2 bad input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import UserError
+
+EXPORT_DEFAULT = "exported"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"keydiff-export: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    _quiet()
+    try:
+        return int(options.verb(options))
+    except UserError as error:
+        print(f"keydiff-export: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("keydiff-export: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="keydiff-export", description="Decoder LLMs that read prompts of any length in constant memory."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    export = verbs.add_parser("export", help="lower a model for phones and prove it equal to the reference")
+    export.add_argument("card", nargs="?", type=Path, help="graph card: a folder with spec.yaml")
+    export.add_argument("--model", help="model folder, .gguf file, hub id or package:NAME/FILE")
+    export.add_argument("--budget", type=int, metavar="N", help="tokens held a layer and KV head")
+    export.add_argument("--block", type=int, metavar="B", help="tokens read a prefill step")
+    export.add_argument("--policy", help="eviction policy, see `keydiff-export policies`")
+    export.add_argument("--recent", type=float, help="share of the budget kept for the most recent tokens")
+    export.add_argument("--quant", help="none, 8da4w, int8 or int4")
+    export.add_argument("--target", help="comma-separated, see `keydiff-export targets`")
+    export.add_argument("-o", "--output", type=Path, help=f"output folder (default {EXPORT_DEFAULT}/NAME)")
+    export.add_argument("--no-validate", action="store_true", help="skip the parity run at the end")
+    export.set_defaults(verb=_export)
+
+    validate = verbs.add_parser("validate", help="parity of every artifact against the eager reference")
+    validate.add_argument("folder", type=Path)
+    validate.add_argument("--json", action="store_true")
+    validate.set_defaults(verb=_validate)
+
+    run = verbs.add_parser("run", help="answer a prompt of any length")
+    run.add_argument("folder", type=Path)
+    source = run.add_mutually_exclusive_group()
+    source.add_argument("--prompt-file", type=Path, help="UTF-8 text; standard input without it")
+    source.add_argument("--prompt", help="the prompt itself")
+    run.add_argument("--max-new-tokens", type=int, default=128)
+    run.add_argument("--runtime", choices=("executorch", "onnxruntime", "eager"), help="default: the first artifact's")
+    run.add_argument("--raw", action="store_true", help="no chat template")
+    run.add_argument("--temperature", type=float, default=0.0)
+    run.add_argument("--top-p", type=float, default=1.0)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--threads", type=int)
+    run.add_argument("--allow-beyond-trained-context", action="store_true")
+    run.add_argument("--json", action="store_true")
+    run.set_defaults(verb=_run)
+
+    inspect = verbs.add_parser("inspect", help="methods, slots, memory plan, operators and delegation")
+    inspect.add_argument("folder", type=Path)
+    inspect.add_argument("--json", action="store_true")
+    inspect.set_defaults(verb=_inspect)
+
+    for name, text in (
+        ("models", "supported architectures"),
+        ("policies", "eviction policies"),
+        ("targets", "targets"),
+    ):
+        verbs.add_parser(name, help=text).set_defaults(verb=_list, what=name)
+    return parser
+
+
+def _quiet() -> None:
+    """Keeps library chatter out of the output; errors still raise."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("torch", "torch.utils._pytree", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .commands.export import export_model
+    from .spec import ExportSpec, load_card
+
+    given: dict[str, Any] = {
+        key: getattr(options, key) for key in ("model", "budget", "block", "quant") if getattr(options, key) is not None
+    }
+    if options.target is not None:
+        given["targets"] = tuple(name.strip() for name in options.target.split(",") if name.strip())
+    if options.card is not None:
+        fields = {**load_card(options.card).to_dict(), **given}
+        fields["targets"] = tuple(fields["targets"])
+    else:
+        for key in ("model", "budget", "block"):
+            if key not in given:
+                raise UserError(f"--{key} is missing: give a graph card, or --model, --budget and --block")
+        fields = given
+    policy = dict(fields.get("policy", {"name": "keydiff"}))
+    if options.policy is not None:
+        policy = {"name": options.policy}
+    if options.recent is not None:
+        policy["recent"] = options.recent
+    spec = ExportSpec(**{**fields, "policy": policy})
+    name = spec.name or Path(spec.model).stem
+    output = options.output or Path(EXPORT_DEFAULT) / name
+    _disable_library_bars()
+    export_model(
+        spec,
+        output,
+        validate=not options.no_validate,
+        report=lambda phase, seconds: print(f"{phase:<36}{seconds:>8.1f} s", flush=True),
+    )
+    print(f"exported {output}")
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .commands.validate import validate_folder
+    from .manifest import PARITY, open_folder, write_json
+
+    folder = open_folder(options.folder)
+    _disable_library_bars()
+    with tqdm(desc="parity", unit=" tokens", disable=None, file=sys.stderr) as bar:
+
+        def read(tokens: int) -> None:
+            bar.update(tokens)
+
+        report = validate_folder(folder, tick=read)
+    write_json(folder.path / PARITY, report)
+    print(json.dumps(report, indent=2) if options.json else parity_table(report))
+    return 0 if all(artifact["passed"] for artifact in report["artifacts"]) else 1
+
+
+def parity_table(report: dict[str, Any]) -> str:
+    """The report as a person reads it."""
+    lines = [f"parity over {report['prompt_tokens']} prompt tokens and {report['greedy_tokens']} greedy tokens"]
+    for artifact in report["artifacts"]:
+        kept = artifact["kept_slots"]
+        lines.append(f"\n{artifact['target']} ({artifact['quant']}): {'PASS' if artifact['passed'] else 'FAIL'}")
+        for gate in artifact["gates"]:
+            value = "exact" if gate["value"] is None else f"{gate['value']:.4g}"
+            lines.append(f"  {'ok  ' if gate['passed'] else 'FAIL'} {gate['name']:<56}{value:>10}  {gate['limit']}")
+        lines.append(f"  kept sets equal {kept['sets_equal']} of {kept['sets_compared']} (layer x KV head x step)")
+        lines.append(
+            f"  worst row error: key {kept['worst_key_row_error']:.2e}, value {kept['worst_value_row_error']:.2e}"
+        )
+        for name, title in (("reference", "against reference"), ("float32", "against float32")):
+            part = artifact[name]
+            sqnr = "exact" if part["sqnr_db"] is None else f"{part['sqnr_db']:.1f} dB"
+            lines.append(
+                f"  {title}: logits max abs {part['logits_max_abs']:.2e}, KL {part['kl']:.2e}, "
+                f"SQNR {sqnr}, tokens {part['token_agreement']:.1%}"
+            )
+    return "\n".join(lines)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .commands.run import read_prompt, run_prompt
+    from .generate import Sampling
+    from .manifest import open_folder
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    folder = open_folder(options.folder)
+    text = read_prompt(options.prompt_file, options.prompt, sys.stdin.buffer.read)
+    budget = folder.shape.budget
+    _disable_library_bars()
+    bar = tqdm(desc="reading", unit=" tokens", disable=True if options.json else None, file=sys.stderr)
+
+    def progress(read: int, total: int, rate: float, held: int) -> None:
+        bar.total = total
+        bar.set_postfix_str(f"{rate:.0f} tokens/s, cache {held}/{budget}", refresh=False)
+        bar.update(read - bar.n)
+        if read >= total:
+            bar.close()
+
+    result = run_prompt(
+        folder,
+        text,
+        max_new_tokens=options.max_new_tokens,
+        runtime=options.runtime,
+        raw=options.raw,
+        sampling=sampling,
+        allow_beyond_trained_context=options.allow_beyond_trained_context,
+        threads=options.threads,
+        progress=progress,
+        emit=(lambda piece: None) if options.json else (lambda piece: print(piece, end="", flush=True)),
+    )
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return 0
+    decode = "-" if result.decode_tokens_per_s is None else f"{result.decode_tokens_per_s:.1f}"
+    print(
+        f"\n\n{result.prompt_tokens} prompt tokens, first token after {result.ttft_s:.2f} s "
+        f"({result.prefill_tokens_per_s:.0f} tokens/s), {decode} tokens/s after it; "
+        f"{result.evictions} evicted a head, {result.cache_slots} slots, peak {result.peak_rss_bytes / 1e6:.0f} MB",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .inspection import inspect_folder
+    from .manifest import open_folder
+
+    report = inspect_folder(open_folder(options.folder))
+    print(json.dumps(report, indent=2) if options.json else inspection_table(report))
+    return 0 if all(artifact["constant_memory"] for artifact in report["artifacts"]) else 1
+
+
+def inspection_table(report: dict[str, Any]) -> str:
+    """The report as a person reads it."""
+    cache = report["cache"]
+    lines = [
+        f"{report['name']}: {report['model']['architecture']}, policy {report['policy']}",
+        f"cache: {cache['layers']} layers x {cache['kv_heads']} KV heads x {cache['slots']} slots "
+        f"(N {cache['budget']} + B {cache['block']}), {cache['bytes'] / 1e6:.1f} MB",
+    ]
+    for artifact in report["artifacts"]:
+        verdict = "constant" if artifact["constant_memory"] else "NOT CONSTANT"
+        lines.append(
+            f"\n{artifact['target']} ({artifact['quant']}), {artifact['bytes'] / 1e6:.1f} MB: memory {verdict}; slots "
+            f"in the program {artifact['slots']}, tensors of dynamic size {artifact['dynamic_tensors']}"
+        )
+        for name, method in artifact["methods"].items():
+            planned = method["planned_memory_bytes"]
+            memory = "" if planned is None else f", planned memory {planned / 1e6:.1f} MB"
+            delegates = ", ".join(f"{n} x {count}" for n, count in method["delegates"].items()) or "none"
+            lines.append(f"  {name}: inputs {method['inputs']}, delegates {delegates}{memory}")
+            kernels = ", ".join(f"{n} {count}" for n, count in method["kernels_outside_delegates"].items())
+            lines.append(f"    kernels outside delegates: {kernels}")
+    return "\n".join(lines)
+
+
+def _list(options: argparse.Namespace) -> int:
+    if options.what == "models":
+        from .models import ARCHITECTURES
+
+        print("\n".join(ARCHITECTURES))
+    elif options.what == "policies":
+        from .policies import POLICIES
+
+        for name, policy in sorted(POLICIES.items()):
+            print(f"{name:<12}{(policy.__doc__ or '').strip().splitlines()[0]}")
+    else:
+        from .lowering import TARGETS, get_target
+
+        for name in TARGETS:
+            try:
+                target = get_target(name)
+                print(f"{name:<22}{target.summary}; --quant {', '.join(target.quants)}")
+            except UserError as error:
+                print(f"{name:<22}not available: {error}")
+    return 0
+
+
+def _disable_library_bars() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -1,0 +1,1 @@
+"""The verbs behind the command line, each a typed function; the CLI only parses and prints."""

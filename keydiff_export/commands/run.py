@@ -1,0 +1,134 @@
+"""`run`: a prompt through an exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..errors import UserError
+from ..generate import Result, Sampling, check_context, encode_prompt, generate
+from ..manifest import OutputFolder
+from ..models import load_model
+from ..runtime.base import Runner
+from ..runtime.eager import EagerRunner
+from ..runtime.executorch import ExecuTorchRunner
+from ..runtime.onnxruntime import OnnxRuntimeRunner
+
+RUNTIMES = ("executorch", "onnxruntime", "eager")
+
+
+def open_runner(folder: OutputFolder, artifact: dict[str, Any], threads: int | None = None) -> Runner:
+    """A runner for one artifact of a folder."""
+    place = folder.path / artifact["target"]
+    shape = folder.shape
+    if artifact["runtime"] == "executorch":
+        return ExecuTorchRunner(place / "model.pte", shape.budget, shape.block, threads)
+    return OnnxRuntimeRunner(place, shape.budget, shape.block, threads)
+
+
+def open_runtime(folder: OutputFolder, runtime: str | None, threads: int | None = None) -> Runner:
+    """A runner by runtime name: the folder's first artifact without one; "eager" is the float32 reference.
+
+    Raises:
+        UserError: the folder has no artifact for it, or the original model is gone or changed.
+    """
+    if runtime == "eager":
+        loaded = load_model(folder.manifest["model"]["source"])
+        if loaded.weights_sha256 != folder.manifest["model"]["weights_sha256"]:
+            raise UserError(f"{loaded.source!r} is not the model that {folder.path} was exported from (weights differ)")
+        return EagerRunner(loaded.model, folder.policy, folder.shape.budget, folder.shape.block)
+    artifact = folder.artifacts[0] if runtime is None else folder.artifact_for(runtime)
+    return open_runner(folder, artifact, threads)
+
+
+def load_tokenizer(folder: OutputFolder) -> PreTrainedTokenizerBase:
+    """The folder's own tokenizer.
+
+    Raises:
+        UserError: not loadable, or it has more tokens than the model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.path)
+    except Exception as error:  # tokenizers raises plain Exception on a bad file
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder.path / 'tokenizer.json'} cannot be loaded: {reason}") from error
+    vocabulary = folder.manifest["model"]["vocab_size"]
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{folder.path / 'tokenizer.json'} has {len(tokenizer)} tokens and the model {vocabulary}: wrong tokenizer"
+        )
+    return tokenizer
+
+
+def run_prompt(
+    folder: OutputFolder,
+    text: str,
+    max_new_tokens: int = 128,
+    runtime: str | None = None,
+    raw: bool = False,
+    sampling: Sampling = Sampling(),
+    allow_beyond_trained_context: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int, float, int], None] = lambda read, total, rate, held: None,
+    emit: Callable[[str], None] = lambda piece: None,
+) -> Result:
+    """Reads a prompt of any length and answers it.
+
+    Args:
+        folder: an opened output folder.
+        text: the prompt, put into the model's chat template unless `raw`.
+        max_new_tokens: most tokens to generate, at least 1.
+        runtime: executorch, onnxruntime, eager, or None for the folder's first artifact.
+        sampling: how tokens are drawn; greedy by default.
+        allow_beyond_trained_context: accept positions past the model's trained context.
+        threads: CPU threads, all cores by default.
+        progress: told (tokens read, tokens in the prompt, tokens/s, tokens held) after each block.
+        emit: receives the answer piece by piece.
+
+    Raises:
+        UserError: empty prompt, too many positions, or an artifact that does not load.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max-new-tokens must be at least 1, got {max_new_tokens}")
+    tokenizer = load_tokenizer(folder)
+    prompt = encode_prompt(tokenizer, text, raw)
+    needed = len(prompt) + max_new_tokens
+    if not folder.policy.evicts and needed > folder.shape.budget:
+        raise UserError(
+            f"policy full holds {folder.shape.budget} tokens and prompt and answer need {needed}: "
+            "export with a larger --budget or another --policy"
+        )
+    check_context(needed, folder.manifest["model"]["context_limit"], allow_beyond_trained_context)
+    runner = open_runtime(folder, runtime, threads)
+    return generate(
+        runner,
+        tokenizer,
+        prompt,
+        max_new_tokens,
+        set(folder.manifest["model"]["eos_token_ids"]),
+        sampling,
+        lambda read, rate, held: progress(read, len(prompt), rate, held),
+        emit,
+    )
+
+
+def read_prompt(file: Path | None, text: str | None, stdin: Callable[[], bytes]) -> str:
+    """The prompt from a file, the command line or standard input, as UTF-8.
+
+    Raises:
+        UserError: no such file, or not UTF-8.
+    """
+    if text is not None:
+        return text
+    try:
+        data = stdin() if file is None else file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read prompt file {file}: {error.strerror}") from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = "standard input" if file is None else str(file)
+        raise UserError(f"{where} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv") from error

@@ -1,0 +1,64 @@
+"""The slot operations in ExecuTorch's stock operators: `llama::custom_sdpa` and `llama::update_cache_with_indices`.
+
+Both come with every ExecuTorch LLM build, the Android package included. A KV head is a batch entry, so one call writes
+different rows a head, and a block behind the held slots needs no mask (`start_pos` + causal).
+"""
+
+from __future__ import annotations
+
+import torch
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers torch.ops.llama)
+from torch import Tensor
+
+
+class Address:
+    """Slots by index [H, T] for the custom operator, and flattened over heads for index_select."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index.contiguous()
+        self._flat: Tensor | None = None
+
+    def flat(self, slots: int) -> Tensor:
+        """[H * T] rows of slots flattened over heads."""
+        if self._flat is None:
+            offset = torch.arange(self.index.shape[0]).unsqueeze(1) * slots
+            self._flat = (self.index + offset).reshape(-1)
+        return self._flat
+
+
+class ExecuTorchOps:
+    """Slots are stored as [H, S, 1, width], the layout that the custom operators take, and written in place."""
+
+    def allocate(self, heads: int, slots: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(heads, slots, 1, max(width, 1), dtype=dtype)
+
+    def view(self, slots: Tensor) -> Tensor:
+        heads, count, _, width = slots.shape
+        return slots.view((heads, count, width) if width > 1 else (heads, count))
+
+    def address(self, index: Tensor) -> Address:
+        return Address(index)
+
+    def write(self, slots: Tensor, address: Address, rows: Tensor) -> Tensor:
+        heads, length = address.index.shape
+        rows = rows.reshape(heads, length, 1, -1)
+        torch.ops.llama.update_cache_with_indices(rows, slots, 0, address.index)
+        return slots
+
+    def take(self, slots: Tensor, address: Address) -> Tensor:
+        heads, count, _, width = slots.shape
+        return slots.view(heads * count, width).index_select(0, address.flat(count))
+
+    def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
+        target.copy_(value)
+        return target
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, held: Tensor, scaling: float) -> Tensor:
+        start = held.item()
+        torch._check(start >= 0)
+        torch._check(start <= keys.shape[1] - query.shape[2])
+        output = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, start, None, 0.0, True, scaling)
+        return output.transpose(1, 2)
+
+    def dot(self, keys: Tensor, vector: Tensor) -> Tensor:
+        return torch.bmm(keys, vector.unsqueeze(-1)).squeeze(-1)

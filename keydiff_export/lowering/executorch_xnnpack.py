@@ -1,0 +1,168 @@
+"""ExecuTorch with the XNNPACK delegate: one .pte, methods `prefill`, `decode` and `snapshot` over one shared cache."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from torch import Tensor, nn
+from torch.export import ExportedProgram, export
+from torchao.utils import unwrap_tensor_subclass
+
+from ..graph import StaticGraph
+from ..policies import Policy
+from ..quantize import Activation
+from ..slots import CacheShape, LayerSlots, new_layers
+from .base import Lowered, Phases, Target
+from .executorch_ops import ExecuTorchOps
+from .rewrites import drop_provenance, rank_changes_to_reshapes, reductions_to_linear, shallow_provenance
+from .xnnpack_partition import SegmentPartitioner
+
+FILE = "model.pte"
+
+
+class ExecuTorchXnnpack(Target):
+    """Phones' CPUs through XNNPACK and its KleidiAI kernels."""
+
+    name = "executorch-xnnpack"
+    runtime = "executorch"
+    quants = ("none", "8da4w", "int8")
+    summary = "ExecuTorch .pte for CPUs, XNNPACK delegate"
+
+    def activation(self, quant: str) -> Activation:
+        return "float" if quant == "none" else "int8_per_token"
+
+    def lower(
+        self, model: nn.Module, quant: str, shape: CacheShape, policy: Policy, folder: Path, phases: Phases
+    ) -> Lowered:
+        if quant != "none":
+            # Plain integer tensors in place of torchao's subclass: the rewrites below read the graph's constants.
+            model = unwrap_tensor_subclass(copy.deepcopy(model))
+        graph = StaticGraph(model, shape, policy, ExecuTorchOps())
+        logging.getLogger("executorch").setLevel(logging.ERROR)
+        with warnings.catch_warnings(), shallow_provenance():
+            warnings.simplefilter("ignore")
+            with phases.phase("executorch-xnnpack: trace"):
+                programs = _trace(graph)
+                for program in programs.values():
+                    reductions_to_linear(program)
+                    rank_changes_to_reshapes(program)
+                    drop_provenance(program)
+            with phases.phase("executorch-xnnpack: lower"):
+                edge = to_edge_transform_and_lower(
+                    programs,
+                    partitioner={name: [SegmentPartitioner()] for name in programs},
+                    compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+                    constant_methods=_metadata(model, shape),
+                )
+            with phases.phase("executorch-xnnpack: emit"):
+                program = edge.to_executorch(
+                    ExecutorchBackendConfig(
+                        memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+                        emit_mutable_buffer_names=True,
+                    )
+                )
+                with (folder / FILE).open("wb") as stream:
+                    program.write_to_file(stream)
+        plans = program.executorch_program.execution_plan
+        planned = max(sum(plan.non_const_buffer_sizes) for plan in plans)
+        methods = {name: {"inputs": _inputs(p), "outputs": _outputs(p)} for name, p in programs.items()}
+        return Lowered([FILE], methods, planned)
+
+
+class _Method(nn.Module):
+    """A method of the program: the model and every layer's slots as buffers, the same names in all methods."""
+
+    def __init__(self, graph: StaticGraph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.model = graph.model
+        for number, layer in enumerate(new_layers(graph.shape, graph.policy, graph.ops)):
+            for name, tensor in layer.tensors().items():
+                self.register_buffer(f"{name}_{number}", tensor)
+            self.names = tuple(layer.tensors())
+
+    def layers(self) -> list[LayerSlots]:
+        """The slots of every layer, backed by the buffers."""
+        count = self.graph.shape.layers
+        return [LayerSlots(**{name: getattr(self, f"{name}_{i}") for name in self.names}) for i in range(count)]
+
+
+class _Prefill(_Method):
+    def forward(self, tokens: Tensor, start: Tensor, count: Tensor) -> Tensor:
+        return self.graph.prefill(tokens, start, count, self.layers())
+
+
+class _Decode(_Method):
+    def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
+        return self.graph.decode(tokens, start, self.layers())
+
+
+class _Snapshot(_Method):
+    """Copies the state out, for parity checks: positions, pending, keys and values of every layer.
+
+    A slice and a clamp, because a plain clone is optimised away and a buffer itself cannot be an output.
+    """
+
+    def __init__(self, graph: StaticGraph) -> None:
+        super().__init__(graph)
+        self.model = nn.Identity()
+
+    def forward(self) -> list[Tensor]:
+        last = self.graph.shape.budget + 1
+        copies = []
+        for layer in self.layers():
+            copies += [
+                layer.positions[:, :last],
+                layer.pending.clamp_max(last),
+                layer.keys[:, :last],
+                layer.values[:, :last],
+            ]
+        return copies
+
+
+def _trace(graph: StaticGraph) -> dict[str, ExportedProgram]:
+    one = torch.zeros(1, dtype=torch.int64)
+    block = torch.zeros(1, graph.shape.block, dtype=torch.int64)
+    examples: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
+        "prefill": (_Prefill(graph), (block, one, one + 1)),
+        "decode": (_Decode(graph), (block[:, :1], one)),
+        "snapshot": (_Snapshot(graph), ()),
+    }
+    with torch.no_grad():
+        return {name: export(method, arguments, strict=False) for name, (method, arguments) in examples.items()}
+
+
+def _metadata(model: nn.Module, shape: CacheShape) -> dict[str, Any]:
+    """Constant methods, under the names that ExecuTorch's LLM runners read."""
+    return {
+        "get_vocab_size": model.config.vocab_size,
+        "get_max_seq_len": shape.block,
+        "get_max_context_len": model.config.max_position_embeddings,
+        "get_n_layers": shape.layers,
+        "use_kv_cache": True,
+    }
+
+
+def _inputs(program: ExportedProgram) -> list[dict[str, Any]]:
+    names = program.graph_signature.user_inputs
+    return [_describe(n.name, n.meta["val"]) for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+
+
+def _outputs(program: ExportedProgram) -> list[dict[str, Any]]:
+    nodes = {node.name: node for node in program.graph.nodes}
+    outputs = [nodes[str(name)].meta["val"] for name in program.graph_signature.user_outputs]
+    if len(outputs) == 1:
+        return [_describe("logits", outputs[0])]
+    parts = ("positions", "pending", "keys", "values")
+    return [_describe(f"{parts[i % 4]}_{i // 4}", value) for i, value in enumerate(outputs)]
+
+
+def _describe(name: str, value: Tensor) -> dict[str, Any]:
+    return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}

@@ -1,0 +1,137 @@
+"""ONNX for ONNX Runtime's CPU provider: `prefill.onnx` and `decode.onnx` over one weight file, caches as graph I/O."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ..graph import StaticGraph
+from ..policies import Policy
+from ..quantize import Activation, twin
+from ..slots import CacheShape, LayerSlots, new_layers
+from .base import Lowered, Phases, Target
+from .onnx_ops import OnnxOps
+
+DATA_FILE = "weights.data"
+OPSET = 21
+NEXT = "_next"
+# Large tensors start on a page, so that a runtime can map them instead of reading them.
+_PAGE = 4096
+_INLINE_BYTES = 1024
+
+
+class OnnxCpu(Target):
+    """Phones' and desktops' CPUs through ONNX Runtime's stock operators."""
+
+    name = "onnx-cpu"
+    runtime = "onnxruntime"
+    quants = ("none", "8da4w", "int8", "int4")
+    summary = "ONNX for ONNX Runtime's CPU provider"
+
+    def activation(self, quant: str) -> Activation:
+        return "int8_per_group" if quant in ("8da4w", "int8") else "float"
+
+    def lower(
+        self, model: nn.Module, quant: str, shape: CacheShape, policy: Policy, folder: Path, phases: Phases
+    ) -> Lowered:
+        module = model if quant == "none" else twin(model, self.activation(quant))
+        graph = StaticGraph(module, shape, policy, OnnxOps())
+        block = torch.zeros(1, shape.block, dtype=torch.int64)
+        one = torch.zeros(1, dtype=torch.int64)
+        arguments = {"prefill": (block, one, one + 1), "decode": (block[:, :1], one)}
+        models: dict[str, ir.Model] = {}
+        for method, tensors in arguments.items():
+            with phases.phase(f"onnx-cpu: trace {method}"), _quiet():
+                models[method] = _export(graph, method, tensors)
+        with phases.phase("onnx-cpu: write"):
+            write_models(models, folder)
+        methods = {name: {"inputs": _io(m.graph.inputs), "outputs": _io(m.graph.outputs)} for name, m in models.items()}
+        return Lowered([*(f"{name}.onnx" for name in models), DATA_FILE], methods, None)
+
+
+class _Step(nn.Module):
+    """A method with its state as inputs and outputs, flat and in layer order."""
+
+    def __init__(self, graph: StaticGraph, method: str, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.graph, self.model, self.method, self.names = graph, graph.model, method, names
+
+    def forward(self, arguments: tuple[Tensor, ...], states: list[Tensor]) -> tuple[Tensor, ...]:
+        each = iter(states)
+        layers = [LayerSlots(**{name: next(each) for name in self.names}) for _ in range(self.graph.shape.layers)]
+        logits = getattr(self.graph, self.method)(*arguments, layers)
+        return (logits, *(tensor for layer in layers for tensor in layer.tensors().values()))
+
+
+def _export(graph: StaticGraph, method: str, arguments: tuple[Tensor, ...]) -> ir.Model:
+    layers = new_layers(graph.shape, graph.policy, graph.ops)
+    names = tuple(layers[0].tensors())
+    states = [tensor for layer in layers for tensor in layer.tensors().values()]
+    state_names = [f"{name}_{number}" for number in range(len(layers)) for name in names]
+    step = _Step(graph, method, names).eval()
+    with torch.no_grad():
+        program = torch.onnx.export(
+            step,
+            (arguments, states),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[*("tokens", "start", "count")[: len(arguments)], *state_names],
+            output_names=["logits", *(name + NEXT for name in state_names)],
+            verbose=False,
+        )
+    assert program is not None
+    return program.model
+
+
+def write_models(models: dict[str, ir.Model], folder: Path) -> None:
+    """Writes NAME.onnx for every model, tensors of equal content once, in one data file that all of them name."""
+    places: dict[bytes, int] = {}
+    with (folder / DATA_FILE).open("wb") as stream:
+        for name, model in models.items():
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < _INLINE_BYTES:
+                    continue
+                content = tensor.tobytes()
+                key = hashlib.sha256(content).digest()
+                if key not in places:
+                    places[key] = stream.seek(-(-stream.tell() // _PAGE) * _PAGE)
+                    stream.write(content)
+                value.const_value = ir.ExternalTensor(
+                    DATA_FILE,
+                    places[key],
+                    len(content),
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=value.name,
+                    base_dir=folder,
+                )
+            for node in model.graph:
+                node.metadata_props.clear()
+            ir.save(model, folder / f"{name}.onnx")
+
+
+def _io(values: Any) -> list[dict[str, Any]]:
+    return [
+        {"name": v.name, "dtype": v.dtype.name.lower().replace("float", "float32"), "shape": [int(d) for d in v.shape]}
+        for v in values
+    ]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's notes, which a user can do nothing about."""
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

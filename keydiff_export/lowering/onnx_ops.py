@@ -1,0 +1,61 @@
+"""The slot operations as ONNX operators, chosen so that ONNX Runtime writes the caches in place.
+
+ScatterND writes into its input's buffer when the same buffer is bound as graph input and graph output, so a decode step
+touches one row a cache. FusedMatMul (a stock ONNX Runtime operator) multiplies with the transposed cache as it lies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.onnx.ops import symbolic
+
+HIDDEN = -float("inf")
+
+
+def _onnx(name: str, inputs: list[Tensor], shape: list[int], like: Tensor, **attributes: int | float) -> Tensor:
+    return symbolic(name, inputs, attributes, dtype=like.dtype, shape=shape)
+
+
+class OnnxOps:
+    """Slots are stored as [H, S, width] or [H, S]; every write returns a new tensor, as ONNX has no mutation."""
+
+    def allocate(self, heads: int, slots: int, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros((heads, slots, width) if width else (heads, slots), dtype=dtype)
+
+    def view(self, slots: Tensor) -> Tensor:
+        return slots
+
+    def address(self, index: Tensor) -> Tensor:
+        head = torch.arange(index.shape[0]).unsqueeze(1).expand_as(index)
+        return torch.stack([head, index], dim=-1)
+
+    def write(self, slots: Tensor, address: Tensor, rows: Tensor) -> Tensor:
+        return _onnx("::ScatterND", [slots, address, rows], list(slots.shape), slots)
+
+    def take(self, slots: Tensor, address: Tensor) -> Tensor:
+        shape = [*address.shape[:2], *slots.shape[2:]]
+        return _onnx("::GatherND", [slots, address], shape, slots)
+
+    def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, held: Tensor, scaling: float) -> Tensor:
+        heads, groups, length, width = query.shape
+        slots = keys.shape[1]
+        flat = query.reshape(heads, groups * length, width)
+        logits = _onnx(
+            "com.microsoft::FusedMatMul", [flat, keys], [heads, groups * length, slots], flat, transB=1, alpha=scaling
+        )
+        visible = torch.arange(slots) <= (held + torch.arange(length)).unsqueeze(1)
+        mask = torch.where(visible, 0.0, HIDDEN)
+        weights = (logits.view(heads, groups, length, slots) + mask).softmax(-1).view(heads, groups * length, slots)
+        # A plain MatMul between two reshapes is rewritten by onnxscript's optimizer into a broadcast over the wrong
+        # axis when the query heads a KV head are as many as the KV heads; a fused one is left as it is.
+        output = _onnx("com.microsoft::FusedMatMul", [weights, values], [heads, groups * length, width], flat)
+        return output.view(heads, groups, length, width)
+
+    def dot(self, keys: Tensor, vector: Tensor) -> Tensor:
+        heads, slots, _ = keys.shape
+        product = _onnx("com.microsoft::FusedMatMul", [vector.unsqueeze(1), keys], [heads, 1, slots], vector, transB=1)
+        return product.squeeze(1)

@@ -1,0 +1,106 @@
+"""Graph rewrites for single backends, each with its reason. They act on an exported program and keep its numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from executorch.backends.transforms.utils import create_constant_placeholder
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+def reductions_to_linear(program: ExportedProgram) -> None:
+    """Writes sums and means over the last axis (RMSNorm, key norms) as a product with a constant column.
+
+    XNNPACK reduces only 4-D images. Left alone, every norm would end the delegate before it and start another, three
+    a layer; as a product it stays inside, so that one delegate reaches from one attention to the next.
+    """
+    graph = program.graph
+    weights: dict[tuple[int, float], Node] = {}
+    for node in list(graph.nodes):
+        if node.target not in (aten.mean.dim, aten.sum.dim_IntList) or not _over_last_axis(node):
+            continue
+        width = node.args[0].meta["val"].shape[-1]
+        value = 1.0 / width if node.target is aten.mean.dim else 1.0
+        if (width, value) not in weights:
+            name = f"reduce_{len(weights)}"
+            with graph.inserting_before(next(iter(graph.nodes))):
+                weights[width, value] = create_constant_placeholder(
+                    program, graph, name, InputKind.PARAMETER, torch.full((1, width), value)
+                )
+        with graph.inserting_before(node):
+            product = graph.call_function(aten.linear.default, (node.args[0], weights[width, value]))
+            product.meta = dict(node.meta)
+            if not _keeps_axis(node):
+                product.meta["val"] = node.meta["val"].unsqueeze(-1)
+                flat = graph.call_function(aten.view.default, (product, list(node.meta["val"].shape)))
+                flat.meta = dict(node.meta)
+                product = flat
+        _replace(program, node, product)
+    program.graph_module.recompile()
+
+
+def _replace(program: ExportedProgram, old: Node, new: Node) -> None:
+    old.replace_all_uses_with(new)
+    program.graph_signature.replace_all_uses(old.name, new.name)
+    program.graph.erase_node(old)
+
+
+def _over_last_axis(node: Node) -> bool:
+    source, axes = node.args[0], node.args[1]
+    assert isinstance(source, Node)
+    assert isinstance(axes, list)
+    value = source.meta["val"]
+    return value.dtype == torch.float32 and len(axes) == 1 and axes[0] in (-1, value.dim() - 1)
+
+
+def _keeps_axis(node: Node) -> bool:
+    return len(node.args) > 2 and bool(node.args[2])
+
+
+_RANK_CHANGES = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.select.int)
+
+
+def rank_changes_to_reshapes(program: ExportedProgram) -> None:
+    """Writes every static change of rank as a reshape.
+
+    XNNPACK takes reshapes but refuses squeeze, select and an unsqueeze off the last axis, and each refusal ends a
+    delegate.
+    """
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target not in _RANK_CHANGES:
+            continue
+        source, value = node.args[0].meta["val"], node.meta["val"]
+        if source.numel() != value.numel():
+            continue
+        with graph.inserting_before(node):
+            view = graph.call_function(aten.reshape.default, (node.args[0], list(value.shape)))
+        view.meta = dict(node.meta)
+        _replace(program, node, view)
+    program.graph_module.recompile()
+
+
+def drop_provenance(program: ExportedProgram) -> None:
+    """Removes stack traces and provenance records, which every later pass would copy node by node."""
+    for node in program.graph.nodes:
+        for key in ("from_node", "stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
+            node.meta.pop(key, None)
+
+
+@contextmanager
+def shallow_provenance() -> Iterator[None]:
+    """Keeps torch from deep-copying each node's history at every pass, a tenth of lowering time.
+
+    The record only serves debuggers; sharing it between the old node and the new one loses nothing that is read here.
+    """
+    with mock.patch.object(torch.fx.traceback, "copy", SimpleNamespace(copy=copy.copy, deepcopy=lambda record: record)):
+        yield

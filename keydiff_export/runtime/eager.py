@@ -1,0 +1,43 @@
+"""Runs the eager reference behind the same interface."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..policies import Policy
+from ..reference import Reference
+from .base import Logits, Runner, Snapshot, make_snapshot
+
+
+class EagerRunner(Runner):
+    """Steps a `Reference` in PyTorch; needs the original model."""
+
+    def __init__(self, model: torch.nn.Module, policy: Policy, budget: int, block: int) -> None:
+        super().__init__(budget, block)
+        self.reference = Reference(model, policy, budget, block)
+
+    def reset(self) -> None:
+        super().reset()
+        self.reference.reset()
+
+    def _prefill(self, tokens: list[int]) -> Logits:
+        return np.asarray(self.reference.step(tokens).numpy(), dtype=np.float32)
+
+    def _decode(self, token: int) -> Logits:
+        return self._prefill([token])
+
+    def snapshot(self) -> Snapshot:
+        layers = []
+        for number in sorted(self.reference.layers):
+            layer = self.reference.layers[number]
+            heads, held = layer.positions.shape
+            layers.append(
+                {
+                    "positions": layer.positions.numpy(),
+                    "pending": np.full(heads, held),
+                    "keys": layer.keys.numpy(),
+                    "values": layer.values.numpy(),
+                }
+            )
+        return make_snapshot(layers, min(self.seen, layers[0]["positions"].shape[1]), self.budget)

@@ -1,0 +1,72 @@
+"""Runs a .pte with ExecuTorch's Python bindings."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from .base import Logits, Runner, Snapshot, make_snapshot, padded
+
+
+class ExecuTorchRunner(Runner):
+    """Steps the methods `prefill` and `decode` of a .pte.
+
+    Args:
+        file: the .pte.
+        budget, block: N and B of the graph.
+        threads: CPU threads, all cores by default.
+
+    Raises:
+        UserError: ExecuTorch is missing or refuses the file.
+    """
+
+    def __init__(self, file: Path, budget: int, block: int, threads: int | None = None) -> None:
+        super().__init__(budget, block)
+        os.environ.setdefault("ET_LOG_LEVEL", "error")
+        logging.getLogger("executorch").setLevel(logging.ERROR)
+        try:
+            from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+            from executorch.extension.pybindings import portable_lib
+        except ImportError as error:
+            raise UserError("running a .pte needs the package executorch: run `pip install executorch`") from error
+        if threads is not None:
+            portable_lib._unsafe_reset_threadpool(threads)
+        try:
+            # The Program API gives all methods one set of memory arenas, and so one cache; the Module API does not.
+            self._program = portable_lib._load_program(str(file))
+            self._methods = {name: self._program.load_method(name) for name in ("prefill", "decode")}
+        except RuntimeError as error:
+            raise UserError(f"{file} is not a program that ExecuTorch can load: export it again") from error
+
+    def _prefill(self, tokens: list[int]) -> Logits:
+        row = torch.from_numpy(padded(tokens, self.block))
+        return self._run("prefill", row, torch.tensor([self.seen]), torch.tensor([len(tokens)]))
+
+    def _decode(self, token: int) -> Logits:
+        return self._run("decode", torch.tensor([[token]]), torch.tensor([self.seen]))
+
+    def _run(self, method: str, *inputs: torch.Tensor) -> Logits:
+        output = self._methods[method].call(inputs)
+        return np.array(output[0].numpy()[0], dtype=np.float32)
+
+    def snapshot(self) -> Snapshot:
+        if "snapshot" not in self._methods:
+            self._methods["snapshot"] = self._program.load_method("snapshot")
+        outputs = [tensor.numpy() for tensor in self._methods["snapshot"].call(())]
+        layers = []
+        for first in range(0, len(outputs), 4):
+            positions, pending, keys, values = outputs[first : first + 4]
+            layers.append(
+                {
+                    "positions": positions[:, :, 0, 0],
+                    "pending": pending,
+                    "keys": keys[:, :, 0],
+                    "values": values[:, :, 0],
+                }
+            )
+        return make_snapshot(layers, self.seen, self.budget)

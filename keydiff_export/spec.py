@@ -1,0 +1,99 @@
+"""What to export: a graph card (`spec.yaml` in a folder of `graphs/`) or the same fields from the command line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+from .policies import Policy, make_policy
+from .quantize import QUANTS
+
+CARD_FILE = "spec.yaml"
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """One export.
+
+    Attributes:
+        model: folder, .gguf file, hub id, or `package:NAME/FILE` of an installed package.
+        budget: N, tokens held a layer and KV head.
+        block: B, tokens read a prefill step.
+        policy: name and parameters of the eviction policy, e.g. {"name": "keydiff", "recent": 0.2}.
+        quant: none, 8da4w, int4 or int8.
+        targets: where the graph is lowered to.
+        sqnr_floor: least SQNR in dB against the float32 model that `validate` accepts for a quantised artifact.
+        name: name of the card, or of the model.
+    """
+
+    model: str
+    budget: int
+    block: int
+    policy: dict[str, Any] = field(default_factory=lambda: {"name": "keydiff"})
+    quant: str = "none"
+    targets: tuple[str, ...] = ("executorch-xnnpack", "onnx-cpu")
+    sqnr_floor: float | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for key in ("budget", "block"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{key} must be a whole number of at least 1, got {value!r}")
+        if self.block > self.budget:
+            raise UserError(
+                f"block {self.block} is larger than budget {self.budget}: choose a block of at most the budget"
+            )
+        if self.quant not in QUANTS:
+            raise UserError(f"unknown quantisation {self.quant!r}: choose one of {', '.join(QUANTS)}")
+        if not self.targets:
+            raise UserError("no target given: see `keydiff-export targets`")
+        self.make_policy()
+
+    def make_policy(self) -> Policy:
+        """The policy object.
+
+        Raises:
+            UserError: unknown name or parameter.
+        """
+        parameters = dict(self.policy)
+        name = parameters.pop("name", None)
+        if not isinstance(name, str):
+            raise UserError("policy has no name: write `policy: {name: keydiff}`")
+        return make_policy(name, **parameters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return {**asdict(self), "targets": list(self.targets)}
+
+
+def load_card(folder: Path) -> ExportSpec:
+    """Reads a graph card.
+
+    Raises:
+        UserError: no card there, not YAML, an unknown field or a bad value.
+    """
+    file = folder / CARD_FILE
+    if not file.is_file():
+        raise UserError(f"no graph card at {folder}: expected {file}")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not readable YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{file} must hold fields such as `model:` and `budget:`")
+    known = {f.name for f in fields(ExportSpec)}
+    for key in data:
+        if key not in known:
+            raise UserError(f"{file}: unknown field {key!r}; known are {', '.join(sorted(known))}")
+    for key in ("model", "budget", "block"):
+        if key not in data:
+            raise UserError(f"{file}: field {key!r} is missing")
+    data.setdefault("name", folder.resolve().name)
+    if isinstance(data.get("targets"), list):
+        data["targets"] = tuple(data["targets"])
+    return ExportSpec(**data)
