@@ -64,12 +64,12 @@ def _inspect_pte(place: Path) -> dict[str, Any]:
         if not calls:
             continue
         tensors = [v.val for v in plan.values if isinstance(v.val, Tensor)]
-        buffers = {
-            t.extra_tensor_info.fully_qualified_name: list(t.sizes)
-            for t in tensors
-            if t.extra_tensor_info is not None and t.extra_tensor_info.fully_qualified_name and t.data_buffer_idx == 0
-        }
-        state = {name: sizes for name, sizes in buffers.items() if name.rsplit("_", 1)[0] in STATE_NAMES}
+        state: dict[str, list[int]] = {}
+        for tensor in tensors:
+            name = tensor.extra_tensor_info.fully_qualified_name if tensor.extra_tensor_info is not None else ""
+            # Views of a buffer carry its name too; the buffer itself has the most dimensions.
+            if name.rsplit("_", 1)[0] in STATE_NAMES and len(tensor.sizes) > len(state.get(name, [])):
+                state[name] = list(tensor.sizes)
         names = [f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators]
         kernels = Counter(names[c.op_index] for c in calls if isinstance(c, KernelCall))
         methods[plan.name] = {

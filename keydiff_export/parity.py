@@ -59,18 +59,28 @@ class KeptSlots:
 
 @dataclass
 class Trace:
-    """One run over the parity text: logits [steps, V] and the greedy tokens."""
+    """One run over the parity text.
+
+    Attributes:
+        logits: [steps, V], after each block and each generated token.
+        tokens: the greedy choice after the prompt and after each token that was read behind it.
+    """
 
     logits: NDArray[np.float32]
     tokens: list[int]
 
 
 def run_reference(
-    reference: Reference, prompt: list[int], greedy: int, runner: Runner | None, tick: Callable[[int], None]
+    reference: Reference,
+    prompt: list[int],
+    greedy: int,
+    runner: Runner | None,
+    tick: Callable[[int], None],
+    continuation: list[int] | None = None,
 ) -> tuple[Trace, Trace | None, KeptSlots]:
     """Reads `prompt` in blocks and generates `greedy` tokens with the reference, and with a runner in step with it.
 
-    Both read the reference's tokens, so that step n of the one is step n of the other.
+    Both read the same tokens, the reference's or `continuation`, so that step n of the one is step n of the other.
 
     Args:
         reference: reset before use.
@@ -78,6 +88,7 @@ def run_reference(
         greedy: tokens generated after the prompt.
         runner: an artifact, or None to run the reference alone.
         tick: told the number of tokens read, after each step.
+        continuation: tokens to read behind the prompt in place of the reference's own, at least `greedy` of them.
 
     Returns:
         Trace of the reference, trace of the runner (None without one), agreement of the kept sets.
@@ -91,7 +102,10 @@ def run_reference(
     blocks = [prompt[i : i + reference.block] for i in range(0, len(prompt), reference.block)]
     tokens: list[int] = []
     for step in range(len(blocks) + greedy):
-        block = blocks[step] if step < len(blocks) else [tokens[-1]]
+        if step < len(blocks):
+            block = blocks[step]
+        else:
+            block = [(continuation or tokens)[step - len(blocks)]]
         ours.append(np.asarray(reference.step(block).numpy(), dtype=np.float32))
         if runner is not None:
             theirs.append(runner.step(block))

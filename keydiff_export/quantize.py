@@ -12,11 +12,16 @@ Run-time rounding of activations follows the runtime's kernel: ExecuTorch's a to
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import (
+
+# Importing torchao makes torch complain of torchao's own registrations, which a user can do nothing about.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+from torchao.quantization import (  # noqa: E402
     Int8DynamicActivationIntxWeightConfig,
     IntxWeightOnlyConfig,
     PerAxis,
@@ -132,8 +137,8 @@ def round_per_token(x: Tensor) -> Tensor:
     """Rounds each row to 8 bits between its own minimum and maximum (both made to include 0), as XNNPACK's qd8 does."""
     low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
     scale = ((high - low) / 255.0).clamp_min(torch.finfo(torch.float32).eps)
-    zero = (-128 - low / scale).round().clamp(-128, 127)
-    return ((x / scale + zero).round().clamp(-128, 127) - zero) * scale
+    zero = (-128 - (low / scale).round()).clamp(-128, 127)
+    return (((x * (1.0 / scale)).round() + zero).clamp(-128, 127) - zero) * scale
 
 
 def round_per_group(x: Tensor) -> Tensor:

@@ -49,7 +49,9 @@ def build_model(folder: Path, architecture: str = "llama", **changes: object) ->
     torch.manual_seed(7)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = save_tokenizer(folder)
-    config = AutoConfig.for_model(architecture, **{**SIZES, "vocab_size": vocabulary, "initializer_range": 0.2, **changes})
+    config = AutoConfig.for_model(
+        architecture, **{**SIZES, "vocab_size": vocabulary, "initializer_range": 0.2, **changes}
+    )
     AutoModelForCausalLM.from_config(config).eval().save_pretrained(folder)
     return folder
 

@@ -57,7 +57,7 @@ def validate_folder(
                 model = twin(model, get_target(artifact["target"]).activation(quant))
             runner = open_runner(folder, artifact)
             reference = Reference(model, policy, shape.budget, shape.block)
-            ours, theirs, kept = run_reference(reference, prompt, greedy_tokens, runner, tick)
+            ours, theirs, kept = run_reference(reference, prompt, greedy_tokens, runner, tick, float32.tokens)
             assert theirs is not None
             against_reference, against_float32 = compare_logits(ours, theirs), compare_logits(float32, theirs)
             checks = gates(quant, against_reference, against_float32, kept, artifact["sqnr_floor_db"])

@@ -21,7 +21,7 @@ from ..quantize import Activation
 from ..slots import CacheShape, LayerSlots, new_layers
 from .base import Lowered, Phases, Target
 from .executorch_ops import ExecuTorchOps
-from .rewrites import drop_provenance, rank_changes_to_reshapes, reductions_to_linear, shallow_provenance
+from .rewrites import drop_provenance, lazy_code, rank_changes_to_reshapes, reductions_to_linear, shallow_provenance
 from .xnnpack_partition import SegmentPartitioner
 
 FILE = "model.pte"
@@ -46,7 +46,7 @@ class ExecuTorchXnnpack(Target):
             model = unwrap_tensor_subclass(copy.deepcopy(model))
         graph = StaticGraph(model, shape, policy, ExecuTorchOps())
         logging.getLogger("executorch").setLevel(logging.ERROR)
-        with warnings.catch_warnings(), shallow_provenance():
+        with warnings.catch_warnings(), shallow_provenance(), lazy_code():
             warnings.simplefilter("ignore")
             with phases.phase("executorch-xnnpack: trace"):
                 programs = _trace(graph)

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cached_property
 
+import torch
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.generic_node_configs import BMMConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import Node
@@ -47,6 +50,10 @@ class SegmentPartitioner(XnnpackPartitioner):
     def __init__(self) -> None:
         super().__init__(configs=_CONFIGS)
         self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [_ONLY_LINEAR_PASS])
+
+    def ops_to_not_decompose(self, ep: ExportedProgram) -> tuple[list[OpOverload], Callable[[Node], bool] | None]:
+        """Linear layers stay whole. Without a filter by node, ExecuTorch decomposes a program twice, not four times."""
+        return [torch.ops.aten.linear.default], None
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         signature = exported_program.graph_signature

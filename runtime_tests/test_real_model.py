@@ -1,0 +1,55 @@
+"""The demo model end to end: SmolLM2-135M exported, proven, and reading a text longer than its trained context."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import keydiff_export
+from keydiff_export.inspection import inspect_folder
+from keydiff_export.manifest import OutputFolder
+
+pytestmark = pytest.mark.real_model
+
+ROOT = Path(__file__).parent.parent
+CARD = ROOT / "graphs" / "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def folder(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
+    """The shipped card, exported with its parity run over 4,096 tokens; an artifact that fails leaves no folder."""
+    assert keydiff_export.load_card(CARD).model == demo_model
+    return keydiff_export.export(CARD, tmp_path_factory.mktemp("demo") / "out")
+
+
+def test_parity_report(folder: OutputFolder) -> None:
+    report = json.loads((folder.path / "parity.json").read_text())
+    assert report["prompt_tokens"] >= 4096
+    assert report["greedy_tokens"] == 64
+    assert [a["target"] for a in report["artifacts"]] == ["executorch-xnnpack", "onnx-cpu"]
+    for artifact in report["artifacts"]:
+        assert artifact["passed"], artifact["gates"]
+        assert artifact["kept_slots"]["sets_compared"] == 30 * 3 * (32 + 64)
+
+
+def test_programs_hold_exactly_n_plus_b_slots(folder: OutputFolder) -> None:
+    for artifact in inspect_folder(folder)["artifacts"]:
+        assert artifact["slots"] == [512 + 128]
+        assert artifact["constant_memory"]
+
+
+@pytest.mark.parametrize("runtime", ["executorch", "onnxruntime"])
+def test_memory_does_not_grow_with_the_prompt(folder: OutputFolder, runtime: str) -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from demo_text import demo_text
+    from memory import measure
+
+    tokenizer = AutoTokenizer.from_pretrained(folder.path)
+    short, long = (measure(folder.path, runtime, demo_text(tokenizer, tokens)) for tokens in (1000, 12_000))
+    assert long["prompt_tokens"] >= 11_900
+    assert long["evictions"] == long["prompt_tokens"] + len(long["token_ids"]) - 1 - 512  # type: ignore[arg-type]
+    assert long["peak_rss_bytes"] <= 1.05 * short["peak_rss_bytes"]
