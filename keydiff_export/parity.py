@@ -102,10 +102,7 @@ def run_reference(
     blocks = [prompt[i : i + reference.block] for i in range(0, len(prompt), reference.block)]
     tokens: list[int] = []
     for step in range(len(blocks) + greedy):
-        if step < len(blocks):
-            block = blocks[step]
-        else:
-            block = [(continuation or tokens)[step - len(blocks)]]
+        block = blocks[step] if step < len(blocks) else [(continuation or tokens)[step - len(blocks)]]
         ours.append(np.asarray(reference.step(block).numpy(), dtype=np.float32))
         if runner is not None:
             theirs.append(runner.step(block))

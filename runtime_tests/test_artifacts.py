@@ -100,6 +100,23 @@ def test_rounded_activations_stay_near_their_reference(
     assert kept.jaccard / kept.compared > 0.99
 
 
+@pytest.mark.parametrize("policy", ["sink", "knorm", "random", "full"])
+def test_every_policy_survives_both_lowerings(
+    tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, policy: str
+) -> None:
+    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": policy}, targets=TARGETS)
+    folder = keydiff_export.export(spec, tmp_path / policy, validate=False)
+    tokens = random_tokens(100, tiny.model.config.vocab_size)
+    lengths = [8, 5] if policy == "full" else [8, 8, 8, 5, *[1] * 12, 8, 3]
+    for artifact in folder.artifacts:
+        runner, reference = open_runner(folder, artifact), Reference(tiny.model, folder.policy, BUDGET, BLOCK)
+        for length in lengths:
+            block = tokens[reference.seen : reference.seen + length]
+            found, expected = runner.step(block), reference.step(block).numpy()
+            assert np.abs(found - expected).max() < 1e-4
+            assert runner.snapshot().held == reference.held()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_reset_starts_over(exported: dict[str, OutputFolder], target: str) -> None:
     folder = exported["none"]

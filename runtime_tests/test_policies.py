@@ -53,6 +53,38 @@ def test_a_zero_key_gives_a_finite_score() -> None:
     assert all(math.isfinite(score) for score in keydiff_scores([[0.0, 0.0], [1.0, 0.0]]))
 
 
+def view_of(positions: list[int], state: list[float] | None = None, heads: int = 1) -> SlotView:
+    rows = torch.tensor([positions]).expand(heads, -1)
+    numbers = None if state is None else torch.tensor([state])
+    return SlotView(torch.zeros(heads, len(positions), 2), rows, torch.ones(len(positions)), numbers)
+
+
+def test_sink_keeps_the_first_tokens_and_then_the_newest() -> None:
+    order = make_policy("sink").score(view_of([9, 0, 40, 3, 4, 17]))[0].argsort(descending=True, stable=True)
+    assert [[9, 0, 40, 3, 4, 17][i] for i in order] == [0, 3, 40, 17, 9, 4]
+
+
+def test_knorm_prefers_short_keys() -> None:
+    policy = make_policy("knorm")
+    keys = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
+    state = policy.slot_state(keys)
+    assert state is not None
+    assert state[0].tolist() == pytest.approx([5.0, 1.0])
+    assert policy.score(view_of([0, 1], state[0].tolist()))[0].tolist() == pytest.approx([-5.0, -1.0])
+
+
+def test_random_lots_are_fixed_even_and_independent() -> None:
+    lots = make_policy("random").score(view_of(list(range(20_000)), heads=2))
+    assert torch.equal(lots, make_policy("random").score(view_of(list(range(20_000)), heads=2)))
+    assert not torch.equal(lots, make_policy("random", seed=1).score(view_of(list(range(20_000)), heads=2)))
+    assert lots.max() < 2**24
+    share = lots / 2**24
+    assert share.mean(1).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
+    assert abs(torch.corrcoef(share)[0, 1].item()) < 0.03
+    neighbours = torch.stack([share[0, :-1], share[0, 1:]])
+    assert abs(torch.corrcoef(neighbours)[0, 1].item()) < 0.03
+
+
 @pytest.mark.parametrize(("recent", "budget", "expected"), [(0.2, 512, 102), (0.7, 10, 7), (0.0, 9, 0), (1.0, 9, 9)])
 def test_recent_window_is_the_floor_of_its_share(recent: float, budget: int, expected: int) -> None:
     assert make_policy("keydiff", recent=recent).recent_tokens(budget) == expected
@@ -65,6 +97,7 @@ def test_recent_window_is_the_floor_of_its_share(recent: float, budget: int, exp
         ("keydiff", {"window": 3}, "has no parameter 'window'"),
         ("keydiff", {"recent": 1.5}, "recent must be between 0 and 1"),
         ("keydiff", {"recent": "much"}, "policy keydiff"),
+        ("sink", {"sinks": -1}, "sinks must be a whole number"),
     ],
 )
 def test_bad_policies_are_refused(name: str, parameters: dict[str, object], message: str) -> None:

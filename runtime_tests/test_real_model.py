@@ -16,6 +16,7 @@ from keydiff_export.manifest import OutputFolder
 pytestmark = pytest.mark.real_model
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
 CARD = ROOT / "graphs" / "smollm2-135m"
 
 
@@ -36,6 +37,12 @@ def test_parity_report(folder: OutputFolder) -> None:
         assert artifact["kept_slots"]["sets_compared"] == 30 * 3 * (32 + 64)
 
 
+def test_the_graphs_have_the_cards_locked_signature(folder: OutputFolder) -> None:
+    from lock_card import signature
+
+    assert signature(folder.manifest) == json.loads((CARD / "signature.json").read_text())
+
+
 def test_programs_hold_exactly_n_plus_b_slots(folder: OutputFolder) -> None:
     for artifact in inspect_folder(folder)["artifacts"]:
         assert artifact["slots"] == [512 + 128]
@@ -44,7 +51,6 @@ def test_programs_hold_exactly_n_plus_b_slots(folder: OutputFolder) -> None:
 
 @pytest.mark.parametrize("runtime", ["executorch", "onnxruntime"])
 def test_memory_does_not_grow_with_the_prompt(folder: OutputFolder, runtime: str) -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
     from demo_text import demo_text
     from memory import measure
 

@@ -64,6 +64,14 @@ def test_the_static_graph_equals_the_reference(tiny: LoadedModel, budget: int, b
     compare(runner, reference, random_tokens(400, tiny.model.config.vocab_size), mixed_steps(block))
 
 
+@pytest.mark.parametrize("policy", ["sink", "knorm", "random"])
+@pytest.mark.parametrize("recent", [0.0, 0.3])
+def test_every_policy_runs_in_the_static_graph(tiny: LoadedModel, policy: str, recent: float) -> None:
+    runner = GraphRunner(tiny, policy, recent, 12, 5)
+    reference = Reference(tiny.model, make_policy(policy, recent=recent), 12, 5)
+    compare(runner, reference, random_tokens(400, tiny.model.config.vocab_size), mixed_steps(5))
+
+
 @pytest.mark.parametrize("prompt", [7, 8, 9, 16, 17])
 def test_every_way_of_filling_the_budget(tiny: LoadedModel, prompt: int) -> None:
     """Prompts that end below, at and past the budget of 8, then generation across the edge."""

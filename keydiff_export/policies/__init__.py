@@ -9,8 +9,11 @@ from ..errors import UserError
 from .base import Policy, SlotView
 from .full import Full
 from .keydiff import KeyDiff
+from .knorm import KNorm
+from .random import Random
+from .sink import Sink
 
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, Full)}
+POLICIES: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, Sink, KNorm, Random, Full)}
 
 
 def make_policy(name: str, **parameters: Any) -> Policy:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,20 @@ import torch
 
 from ..errors import UserError
 from .base import Logits, Runner, Snapshot, make_snapshot, padded
+
+
+@contextmanager
+def _quiet_native_log() -> Iterator[None]:
+    """Drops what ExecuTorch's C++ prints about the processor when it first runs; errors come back as exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class ExecuTorchRunner(Runner):
@@ -27,7 +44,6 @@ class ExecuTorchRunner(Runner):
 
     def __init__(self, file: Path, budget: int, block: int, threads: int | None = None) -> None:
         super().__init__(budget, block)
-        os.environ.setdefault("ET_LOG_LEVEL", "error")
         logging.getLogger("executorch").setLevel(logging.ERROR)
         try:
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
@@ -38,8 +54,9 @@ class ExecuTorchRunner(Runner):
             portable_lib._unsafe_reset_threadpool(threads)
         try:
             # The Program API gives all methods one set of memory arenas, and so one cache; the Module API does not.
-            self._program = portable_lib._load_program(str(file))
-            self._methods = {name: self._program.load_method(name) for name in ("prefill", "decode")}
+            with _quiet_native_log():
+                self._program = portable_lib._load_program(str(file))
+                self._methods = {name: self._program.load_method(name) for name in ("prefill", "decode")}
         except RuntimeError as error:
             raise UserError(f"{file} is not a program that ExecuTorch can load: export it again") from error
 
