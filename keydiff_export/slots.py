@@ -91,6 +91,9 @@ class SlotOps(Protocol):
     def dot(self, keys: Tensor, vector: Tensor) -> Tensor:
         """[H, S, d] keys, [H, d] vector -> [H, S]."""
 
+    def after(self, index: Tensor, output: Tensor) -> Tensor:
+        """The index, computed no sooner than the attention output: rows at it move only once they were read."""
+
 
 def eviction_key(score: Tensor, positions: Tensor, floor: Tensor, step: Tensor) -> Tensor:
     """[H, S] float64, larger leaves first: the lowest score, and of equal scores the newest token.
@@ -173,7 +176,7 @@ class SlotCache:
         grouped = query.reshape(heads, -1, length, width)
         output = self.ops.attend(grouped, slots.keys, slots.values, self.held, scaling)
         if self.policy.evicts:
-            self._evict(slots)
+            self._evict(slots, output)
         return output.reshape(-1, length, width)
 
     def _write(
@@ -197,12 +200,13 @@ class SlotCache:
         target = torch.where(self.filling, self.held, slots.pending).unsqueeze(1)
         self._move(slots, self.last_slot, self.ops.address(target))
 
-    def _evict(self, slots: LayerSlots) -> None:
+    def _evict(self, slots: LayerSlots, output: Tensor) -> None:
         key = self._eviction_key(slots)
         if self.count is None:
             slots.pending = self.ops.overwrite(slots.pending, key.argmax(-1))
             return
         source, target = self._plan_moves(key)
+        source = self.ops.after(source, output)
         self._move(slots, self.ops.address(source), self.ops.address(target))
         # Slot N, always, but computed from the plan: as a constant, a runtime that binds one buffer as input and output
         # may write it before the old value was read.
@@ -281,3 +285,6 @@ class TorchOps:
 
     def dot(self, keys: Tensor, vector: Tensor) -> Tensor:
         return (keys @ vector.unsqueeze(-1)).squeeze(-1)
+
+    def after(self, index: Tensor, output: Tensor) -> Tensor:
+        return index

@@ -60,5 +60,11 @@ class ExecuTorchOps:
         output = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, start, None, 0.0, True, scaling)
         return output.transpose(1, 2)
 
+    def after(self, index: Tensor, output: Tensor) -> Tensor:
+        # In-place writes are ordered by nothing but data: without this, a policy that does not look at the keys could
+        # have its moves scheduled before the attention that still reads the old rows. No number exceeds infinity.
+        never = output[0, 0, 0, :1] > float("inf")
+        return index + never.to(torch.int64)
+
     def dot(self, keys: Tensor, vector: Tensor) -> Tensor:
         return torch.bmm(keys, vector.unsqueeze(-1)).squeeze(-1)

@@ -131,7 +131,8 @@ def _io(values: Any) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the exporter's notes, which a user can do nothing about."""
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    for name in ("onnxscript", "torch.onnx._internal.exporter._registration"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

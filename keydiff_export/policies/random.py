@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .base import Policy, SlotView
 
-# Multipliers of a Lehmer generator and a large prime, so that neighbours in position or head share nothing.
-_POSITION, _HEAD, _RANGE = 48_271, 69_621, 2**24 - 3
+# A prime below 2^24, so that lots are exact in float32, and multipliers that spread neighbours over its range.
+_PRIME, _POSITION, _HEAD, _SEED = 2**24 - 3, 48_271, 7_368_787, 12_345_701
 
 
 @dataclass(frozen=True)
@@ -24,5 +24,6 @@ class Random(Policy):
     def score(self, view: SlotView) -> Tensor:
         """A pseudo-random whole number below 2^24, exact in float32: [H, S]."""
         head = torch.arange(view.positions.shape[0]).unsqueeze(1)
-        lot = (view.positions + head * _HEAD + self.seed + 1) * _POSITION % _RANGE
-        return (lot * _POSITION % _RANGE).to(torch.float32)
+        place = (view.positions * _POSITION + head * _HEAD + self.seed * _SEED) % _PRIME
+        # Cubed, because a linear map would give every head the same lots, shifted.
+        return (place * place % _PRIME * place % _PRIME).to(torch.float32)
