@@ -168,6 +168,15 @@ def parity_table(report: dict[str, Any]) -> str:
             value = "exact" if gate["value"] is None else f"{gate['value']:.4g}"
             lines.append(f"  {'ok  ' if gate['passed'] else 'FAIL'} {gate['name']:<56}{value:>10}  {gate['limit']}")
         lines.append(f"  kept sets equal {kept['sets_equal']} of {kept['sets_compared']} (layer x KV head x step)")
+        shares = [
+            (share, layer, head)
+            for layer, heads in enumerate(kept["by_layer_and_head"])
+            for head, share in enumerate(heads)
+            if share < 1
+        ]
+        if shares:
+            where = ", ".join(f"layer {layer} head {head} {share:.0%}" for share, layer, head in sorted(shares)[:3])
+            lines.append(f"  fewest equal sets: {where}; parity.json lists every disagreement with its score gap")
         lines.append(
             f"  worst row error: key {kept['worst_key_row_error']:.2e}, value {kept['worst_value_row_error']:.2e}"
         )

@@ -38,12 +38,16 @@ class KeptSlots:
     jaccard: float = 0.0
     key_error: float = 0.0
     value_error: float = 0.0
-    equal_by_layer: dict[int, list[int]] = field(default_factory=dict)
+    equal_by_head: dict[tuple[int, int], list[bool]] = field(default_factory=dict)
+    equal_by_step: dict[int, list[bool]] = field(default_factory=dict)
     disagreements: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """As parity.json spells it."""
-        layers = [sum(self.equal_by_layer[i]) / len(self.equal_by_layer[i]) for i in sorted(self.equal_by_layer)]
+        heads: dict[int, list[float]] = {}
+        for (layer, _), equal in sorted(self.equal_by_head.items()):
+            heads.setdefault(layer, []).append(sum(equal) / len(equal))
+        steps = [sum(equal) / len(equal) for _, equal in sorted(self.equal_by_step.items())]
         return {
             "sets_compared": self.compared,
             "sets_equal": self.equal,
@@ -52,7 +56,8 @@ class KeptSlots:
             "mean_jaccard": self.jaccard / max(self.compared, 1),
             "worst_key_row_error": self.key_error,
             "worst_value_row_error": self.value_error,
-            "by_layer": layers,
+            "by_layer_and_head": [heads[layer] for layer in sorted(heads)],
+            "by_step": steps,
             "disagreements": self.disagreements,
         }
 
@@ -127,8 +132,9 @@ def _compare_slots(step: int, reference: Reference, runner: Runner, kept: KeptSl
             kept.positions += len(expected)
             kept.differing += len(lost)
             kept.jaccard += len(expected & found) / len(expected | found)
-            kept.equal += not (lost or gained)
-            kept.equal_by_layer.setdefault(layer, []).append(not (lost or gained))
+            kept.equal += expected == found
+            kept.equal_by_head.setdefault((layer, head), []).append(expected == found)
+            kept.equal_by_step.setdefault(step, []).append(expected == found)
             if lost or gained:
                 gap = reference.score_gap(layer, head, lost, gained)
                 kept.disagreements.append(

@@ -167,7 +167,10 @@ def test_validate_passes_and_its_report_has_the_published_shape(
     jsonschema.validate(json.loads(json.dumps(report)), load_schema("parity"))
     for artifact in report["artifacts"]:
         assert artifact["passed"], artifact["gates"]
-        assert artifact["kept_slots"]["sets_equal"] == artifact["kept_slots"]["sets_compared"] == 4 * (13 + 10)
+        kept = artifact["kept_slots"]
+        assert kept["sets_equal"] == kept["sets_compared"] == 4 * (13 + 10)
+        assert kept["by_layer_and_head"] == [[1.0, 1.0], [1.0, 1.0]]
+        assert kept["by_step"] == [1.0] * 23
 
 
 def test_parity_fails_an_artifact_that_keeps_other_tokens(tiny: LoadedModel, tiny_folder: Path, tmp_path: Path) -> None:

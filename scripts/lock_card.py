@@ -34,7 +34,8 @@ def results(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for artifact in manifest["artifacts"]:
         report = next(r for r in parity["artifacts"] if r["target"] == artifact["target"])
-        kept = {key: value for key, value in report["kept_slots"].items() if key not in ("by_layer", "disagreements")}
+        lists = ("by_layer_and_head", "by_step", "disagreements")
+        kept = {key: value for key, value in report["kept_slots"].items() if key not in lists}
         found[artifact["target"]] = {
             "quant": artifact["quant"],
             "bytes": sum(file["bytes"] for file in artifact["files"]),
