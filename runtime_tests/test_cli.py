@@ -313,6 +313,25 @@ def test_a_killed_export_leaves_nothing_that_passes_for_one(tiny_folder: Path, t
         assert main(["inspect", str(output)]) == 0, "a folder in place is a whole one"
 
 
+def test_a_folder_is_none_until_parity_has_passed(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill during the parity run leaves a folder that no command accepts; a failed gate leaves none at all."""
+    from keydiff_export.commands import export
+    from keydiff_export.manifest import OutputFolder
+
+    def failing(folder: OutputFolder, loaded: object) -> dict[str, object]:
+        assert main(["inspect", str(folder.path)]) == 2
+        gate = {"name": "greedy tokens equal", "value": 0.5, "limit": "= 1", "passed": False}
+        return {"artifacts": [{"target": "onnx-cpu", "gates": [gate]}]}
+
+    monkeypatch.setattr(export, "validate_folder", failing)
+    command = ["export", "--model", str(tiny_folder), "--budget", "16", "--block", "8", "--target", "onnx-cpu"]
+    assert main([*command, "-o", str(tmp_path / "out")]) == 2
+    assert "onnx-cpu is not equal to the reference: greedy tokens equal is 0.5" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["export", "--budget", "many"])

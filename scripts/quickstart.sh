@@ -27,6 +27,7 @@ python scripts/demo_text.py --tokens "$tokens" --tokenizer "$output" >"$book"
 head -n 3 "$book"
 echo "[...]"
 tail -n 2 "$book"
+echo
 for runtime in onnxruntime executorch; do
     echo "-- $runtime"
     keydiff-export run "$output" --runtime "$runtime" --prompt-file "$book" --raw --max-new-tokens 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..lowering import Phases, get_target
@@ -94,21 +95,26 @@ def export_model(
             "artifacts": artifacts,
             "tools": tool_versions(),
         }
-        write_json(folder / MANIFEST, manifest)
-        opened = open_folder(folder)
         if validate:
             with phases.phase("validate"):
-                parity = validate_folder(opened, loaded)
+                parity = validate_folder(OutputFolder(folder, manifest), loaded)
+            _refuse_failures(parity)
             write_json(folder / PARITY, parity)
-            failed = [a for a in parity["artifacts"] if not a["passed"]]
-            if failed:
-                bad = next((g for g in failed[0]["gates"] if not g["passed"]), None)
-                reason = failed[0].get("error") or (
-                    f"{bad['name']} is {bad['value']}, needs {bad['limit']}" if bad else ""
-                )
-                raise UserError(f"{failed[0]['target']} is not equal to the reference: {reason}; nothing was written")
+        # Last of all: a folder without its manifest is none, so a killed export leaves nothing that passes for one.
+        write_json(folder / MANIFEST, manifest)
+        open_folder(folder)
     report("total", round(time.perf_counter() - began, 1))
     return OutputFolder(output, manifest)
+
+
+def _refuse_failures(parity: dict[str, Any]) -> None:
+    for artifact in parity["artifacts"]:
+        for gate in artifact["gates"]:
+            if not gate["passed"]:
+                raise UserError(
+                    f"{artifact['target']} is not equal to the reference: {gate['name']} is {gate['value']}, needs "
+                    f"{gate['limit']}; nothing was written (--no-validate and then validate show the whole report)"
+                )
 
 
 def _describe_model(loaded: LoadedModel) -> dict[str, object]:
