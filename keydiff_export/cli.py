@@ -202,7 +202,9 @@ def _run(options: argparse.Namespace) -> int:
     text = read_prompt(options.prompt_file, options.prompt, sys.stdin.buffer.read)
     budget = folder.shape.budget
     _disable_library_bars()
-    bar = tqdm(desc="reading", unit=" tokens", disable=True if options.json else None, file=sys.stderr)
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}<{remaining}{postfix}]"
+    hidden = True if options.json else None
+    bar = tqdm(desc="reading", total=1, bar_format=layout, disable=hidden, file=sys.stderr)
 
     def progress(read: int, total: int, rate: float, held: int) -> None:
         bar.total = total
