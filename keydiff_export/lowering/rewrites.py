@@ -100,7 +100,7 @@ def drop_provenance(program: ExportedProgram) -> None:
 
 @contextmanager
 def shallow_provenance() -> Iterator[None]:
-    """Keeps torch from deep-copying each node's history at every pass, a tenth of lowering time.
+    """Keeps torch from deep-copying each node's history at every pass.
 
     The record only serves debuggers; sharing it between the old node and the new one loses nothing that is read here.
     """
@@ -112,7 +112,7 @@ def shallow_provenance() -> Iterator[None]:
 def lazy_code() -> Iterator[None]:
     """Generates a graph module's Python code when it is first called or read, not at every change of the graph.
 
-    Passes interpret graphs node by node and never run that code; writing and compiling it was a fifth of lowering time.
+    Passes interpret graphs node by node and never run that code, so writing and compiling it is wasted.
     """
     eager = GraphModule.recompile
 
