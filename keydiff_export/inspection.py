@@ -10,7 +10,7 @@ from typing import Any
 from .errors import UserError
 from .manifest import OutputFolder
 
-STATE_NAMES = ("keys", "values", "positions", "pending", "state")
+STATE_NAMES = ("keys", "values", "positions", "pending", "state", "total")
 
 
 def inspect_folder(folder: OutputFolder) -> dict[str, Any]:

@@ -6,7 +6,7 @@ slots, no masks for empty places and no in-place moves. Of the package it shares
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,14 +19,15 @@ from .policies import Policy, SlotView
 class HeldTokens:
     """One layer's cache: keys and values [H, n, d], positions [H, n] ascending along n, state [H, n] or None.
 
-    `before` and `scores` [H, m] are the m tokens before the last eviction and their scores, kept so that another choice
-    can be judged, and followed.
+    `total` [H, d] is the moving sum of a policy that asks for one. `before` and `scores` [H, m] are the m tokens before
+    the last eviction and their scores, kept so that another choice can be judged, and followed.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
     state: Tensor | None = None
+    total: Tensor | None = None
     before: HeldTokens | None = None
     scores: Tensor | None = None
 
@@ -34,7 +35,7 @@ class HeldTokens:
         """The tokens at indices keep [H, k]."""
         rows = torch.arange(keep.shape[0]).unsqueeze(1)
         state = None if self.state is None else self.state[rows, keep]
-        return HeldTokens(self.keys[rows, keep], self.values[rows, keep], self.positions[rows, keep], state)
+        return HeldTokens(self.keys[rows, keep], self.values[rows, keep], self.positions[rows, keep], state, self.total)
 
 
 @dataclass
@@ -93,20 +94,48 @@ class Reference:
         future = held.positions[:, None, None, :] > positions[:, None, :, None]
         weights = logits.masked_fill(future, float("-inf")).softmax(-1)
         output = torch.einsum("hrts,hsd->hrtd", weights, held.values)
+        held.total = self._sum_of_keys(held, None if old is None else old.total, length)
+        view = self._view(held, weights)
+        held.state = view.state
         if self.policy.evicts and held.positions.shape[1] > self.budget:
-            self.layers[layer] = self._evict(held)
+            self.layers[layer] = self._evict(held, view)
         return output.reshape(-1, length, width)
 
-    def _evict(self, held: HeldTokens) -> HeldTokens:
-        view = SlotView(held.keys, held.positions, torch.ones(held.keys.shape[1]), held.state)
-        anchor = self.policy.anchor(view)
-        if anchor is not None:
-            dots = torch.einsum("hsd,hd->hs", held.keys, anchor)
-            view = SlotView(held.keys, held.positions, view.valid, held.state, dots)
+    def _sum_of_keys(self, held: HeldTokens, before: Tensor | None, entering: int) -> Tensor | None:
+        """The policy's sum over the held tokens, or its moving sum over the tokens read."""
+        wanted = self.policy.key_sum()
+        if wanted is None:
+            return None
+        rows = held.keys
+        if wanted.by_state:
+            assert held.state is not None
+            rows = rows * held.state.unsqueeze(-1)
+        if not wanted.decay:
+            return rows.sum(1)
+        new = rows[:, -entering:].sum(1)
+        return new if before is None else (1 - wanted.decay) * before + new
+
+    def _view(self, held: HeldTokens, weights: Tensor) -> SlotView:
+        """What the policy sees after attention with probabilities weights [H, R, T, n]; state is brought up to date."""
+        count = held.positions.shape[1]
+        view = SlotView(
+            held.keys, held.positions, torch.ones(count), held.positions[:1, -1], held.state, held.total
+        )
+        probe = self.policy.probe(view)
+        if probe is not None:
+            view = replace(view, dots=torch.einsum("hsd,hd->hs", held.keys, probe))
+        queries = self.policy.observed_queries()
+        if queries:
+            view = replace(view, attention=weights[:, :, -queries:].sum(2).mean(1))
+        state = self.policy.update_state(view)
+        return view if state is None else replace(view, state=state)
+
+    def _evict(self, held: HeldTokens, view: SlotView) -> HeldTokens:
         scores = self.policy.score(view).clone()
         recent = self.policy.recent_tokens(self.budget)
         if recent:
             scores[:, -recent:] = float("inf")
+        scores[held.positions < self.policy.pinned] = float("inf")
         # Positions ascend, so a stable sort leaves the older of two equal scores in front.
         best = scores.argsort(dim=1, descending=True, stable=True)[:, : self.budget]
         kept = held.select(best.sort(dim=1).values)

@@ -50,6 +50,7 @@ class LayerSlots:
         positions: [H, S] int64.
         pending: [H] int64, the slot that the next single-token write goes to once the cache is full.
         state: [H, S] float32, or None when the policy keeps nothing a slot.
+        total: [H, d] float32, a moving sum of keys, or None when the policy asks for none.
     """
 
     keys: Tensor
@@ -57,11 +58,39 @@ class LayerSlots:
     positions: Tensor
     pending: Tensor
     state: Tensor | None = None
+    total: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, in graph I/O order."""
-        named = {"keys": self.keys, "values": self.values, "positions": self.positions, "pending": self.pending}
-        return named if self.state is None else {**named, "state": self.state}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The queries of a step whose attention a policy asked for: Q of its T.
+
+    Attributes:
+        rows: [Q] int64, their indices in the step.
+        weights: [T] float32, 1 for an observed query that is not padding, else 0.
+    """
+
+    rows: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What an attention over the slots gives.
+
+    Attributes:
+        output: [H, R, T, d].
+        dots: [H, S] dot products of the keys with the probe, or None without one.
+        attention: [H, S] probabilities summed over the observed queries, averaged over R, or None without any.
+    """
+
+    output: Tensor
+    dots: Tensor | None
+    attention: Tensor | None
 
 
 class SlotOps(Protocol):
@@ -85,11 +114,17 @@ class SlotOps(Protocol):
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         """Replaces a whole small tensor and returns it, perhaps the same one."""
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, held: Tensor, scaling: float) -> Tensor:
-        """Attention of query [H, R, T, d], token i over slots 0 .. held + i: [H, R, T, d]."""
-
-    def dot(self, keys: Tensor, vector: Tensor) -> Tensor:
-        """[H, S, d] keys, [H, d] vector -> [H, S]."""
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        held: Tensor,
+        scaling: float,
+        probe: Tensor | None,
+        observed: Observed | None,
+    ) -> Attended:
+        """Attention of query [H, R, T, d], token i over slots 0 .. held + i; dots with a probe [H, d]."""
 
     def after(self, index: Tensor, output: Tensor) -> Tensor:
         """The index, computed no sooner than the attention output: rows at it move only once they were read."""
@@ -141,7 +176,9 @@ class SlotCache:
         # A decode step scores only once the budget is full, and then slots 0 .. N all hold a token.
         self.occupied = slot <= budget if count is None else slot < self.held + count
         self.valid = self.occupied.to(torch.float32)
-        self.oldest_recent = start + (1 if count is None else count) - policy.recent_tokens(budget)
+        self.end = start + (1 if count is None else count)
+        self.entering = torch.ones(length) if count is None else (row < count).to(torch.float32)
+        self.observed = self._observe(min(policy.observed_queries(), length))
         self.tie_floor = torch.tensor(1e-60, dtype=torch.float64)
         self.tie_step = torch.tensor(2.0**-51, dtype=torch.float64)
         if count is not None:
@@ -153,6 +190,13 @@ class SlotCache:
             self.freed_weight = budget - slot[:budget]
             self.unmarked = torch.zeros(heads, slots, dtype=torch.int64)
             self.marks = torch.ones(heads, length, dtype=torch.int64)
+
+    def _observe(self, queries: int) -> Observed | None:
+        if queries == 0 or not self.policy.evicts:
+            return None
+        first = torch.zeros_like(self.start) if self.count is None else (self.count - queries).clamp_min(0)
+        rows = first + torch.arange(queries)
+        return Observed(rows, self.entering * (torch.arange(len(self.entering)) >= first))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Writes T new tokens, attends, evicts.
@@ -172,12 +216,34 @@ class SlotCache:
         else:
             self._settle(slots)
             address = self.appended
-        self._write(slots, address, key, value, self.positions, self.policy.slot_state(key))
+        state = self.policy.slot_state(key)
+        self._write(slots, address, key, value, self.positions, state)
+        view = self._view(slots, key, state)
+        probe = self.policy.probe(view) if self.policy.evicts else None
         grouped = query.reshape(heads, -1, length, width)
-        output = self.ops.attend(grouped, slots.keys, slots.values, self.held, scaling)
+        found = self.ops.attend(grouped, slots.keys, slots.values, self.held, scaling, probe, self.observed)
         if self.policy.evicts:
-            self._evict(slots, output)
-        return output.reshape(-1, length, width)
+            self._evict(slots, replace(view, dots=found.dots, attention=found.attention), found.output)
+        return found.output.reshape(-1, length, width)
+
+    def _view(self, slots: LayerSlots, key: Tensor, state: Tensor | None) -> SlotView:
+        """What the policy sees before attention; brings the moving sum up to date."""
+        keys, positions = self.ops.view(slots.keys), self.ops.view(slots.positions)
+        numbers = None if slots.state is None else self.ops.view(slots.state)
+        total, wanted = None, self.policy.key_sum()
+        if wanted is not None:
+            moving = slots.total is not None
+            each = self.entering if moving else self.valid
+            if wanted.by_state:
+                factor = state if moving else numbers
+                assert factor is not None
+                each = each * factor
+            weights = each.expand(len(keys), -1).unsqueeze(1)
+            total = torch.bmm(weights, key if moving else keys).squeeze(1)
+            if slots.total is not None:
+                kept = (self.start > 0).to(torch.float32) * (1.0 - wanted.decay)
+                total = slots.total = self.ops.overwrite(slots.total, slots.total * kept + total)
+        return SlotView(keys, positions, self.valid, self.end - 1, numbers, total)
 
     def _write(
         self, slots: LayerSlots, address: Any, keys: Tensor, values: Tensor, positions: Tensor, state: Tensor | None
@@ -200,8 +266,12 @@ class SlotCache:
         target = torch.where(self.filling, self.held, slots.pending).unsqueeze(1)
         self._move(slots, self.last_slot, self.ops.address(target))
 
-    def _evict(self, slots: LayerSlots, output: Tensor) -> None:
-        key = self._eviction_key(slots)
+    def _evict(self, slots: LayerSlots, view: SlotView, output: Tensor) -> None:
+        state = self.policy.update_state(view)
+        if state is not None and slots.state is not None:
+            slots.state = self.ops.overwrite(slots.state, state)
+            view = replace(view, state=state)
+        key = self._eviction_key(view)
         if self.count is None:
             slots.pending = self.ops.overwrite(slots.pending, key.argmax(-1))
             return
@@ -212,18 +282,15 @@ class SlotCache:
         # may write it before the old value was read.
         slots.pending = self.ops.overwrite(slots.pending, source[:, 0].clamp_max(self.shape.budget))
 
-    def _eviction_key(self, slots: LayerSlots) -> Tensor:
-        """[H, S] float64, larger leaves first; empty slots and the recent window never leave."""
-        keys, positions = self.ops.view(slots.keys), self.ops.view(slots.positions)
-        state = None if slots.state is None else self.ops.view(slots.state)
-        view = SlotView(keys=keys, positions=positions, valid=self.valid, state=state)
-        anchor = self.policy.anchor(view)
-        if anchor is not None:
-            view = replace(view, anchor_dot=self.ops.dot(keys, anchor))
-        key = eviction_key(self.policy.score(view), positions, self.tie_floor, self.tie_step)
+    def _eviction_key(self, view: SlotView) -> Tensor:
+        """[H, S] float64, larger leaves first; empty slots, pinned tokens and the recent window never leave."""
+        key = eviction_key(self.policy.score(view), view.positions, self.tie_floor, self.tie_step)
         may_leave = self.occupied
-        if self.policy.recent_tokens(self.shape.budget):
-            may_leave = may_leave & (positions < self.oldest_recent)
+        recent = self.policy.recent_tokens(self.shape.budget)
+        if recent:
+            may_leave = may_leave & (view.positions < self.end - recent)
+        if self.policy.pinned:
+            may_leave = may_leave & (view.positions >= self.policy.pinned)
         return torch.where(may_leave, key, NEVER)
 
     def _plan_moves(self, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,6 +312,7 @@ def new_layers(shape: CacheShape, policy: Policy, ops: SlotOps) -> list[LayerSlo
     """Empty state for every layer."""
     heads, slots = shape.kv_heads, shape.slots
     keeps_state = policy.slot_state(torch.zeros(heads, 1, shape.head_dim)) is not None
+    wanted = policy.key_sum()
     return [
         LayerSlots(
             keys=ops.allocate(heads, slots, shape.head_dim, torch.float32),
@@ -252,6 +320,7 @@ def new_layers(shape: CacheShape, policy: Policy, ops: SlotOps) -> list[LayerSlo
             positions=ops.allocate(heads, slots, 0, torch.int64),
             pending=torch.full((heads,), shape.budget, dtype=torch.int64),
             state=ops.allocate(heads, slots, 0, torch.float32) if keeps_state else None,
+            total=torch.zeros(heads, shape.head_dim) if wanted is not None and wanted.decay else None,
         )
         for _ in range(shape.layers)
     ]
@@ -278,13 +347,24 @@ class TorchOps:
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         return value
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, held: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        held: Tensor,
+        scaling: float,
+        probe: Tensor | None,
+        observed: Observed | None,
+    ) -> Attended:
         visible = torch.arange(keys.shape[1]) <= (held + torch.arange(query.shape[2])).unsqueeze(1)
         logits = (query @ keys.unsqueeze(1).mT) * scaling
-        return torch.where(visible, logits, NEVER).softmax(-1) @ values.unsqueeze(1)
-
-    def dot(self, keys: Tensor, vector: Tensor) -> Tensor:
-        return (keys @ vector.unsqueeze(-1)).squeeze(-1)
+        weights = torch.where(visible, logits, NEVER).softmax(-1)
+        dots = None if probe is None else (keys @ probe.unsqueeze(-1)).squeeze(-1)
+        attention = None
+        if observed is not None:
+            attention = (weights * observed.weights.unsqueeze(-1)).sum(2).mean(1)
+        return Attended(weights @ values.unsqueeze(1), dots, attention)
 
     def after(self, index: Tensor, output: Tensor) -> Tensor:
         return index

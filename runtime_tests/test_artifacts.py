@@ -100,13 +100,29 @@ def test_rounded_activations_stay_near_their_reference(
     assert kept.jaccard / kept.compared > 0.99
 
 
-@pytest.mark.parametrize("policy", ["sink", "knorm", "random", "full"])
+LOWERED: list[dict[str, Any]] = [
+    {"name": "sink"},
+    {"name": "tova"},
+    {"name": "h2o", "pinned": 2},
+    {"name": "snapkv", "window": 4, "kernel": 3},
+    {"name": "knorm"},
+    {"name": "random"},
+    {"name": "full"},
+    {"name": "keydiff", "pinned": 3, "recent": 0.25},
+    {"name": "keydiff", "anchor": "normalized"},
+    {"name": "keydiff", "anchor": "median", "metric": "euclidean"},
+    {"name": "keydiff", "anchor": "pairwise", "metric": "dot"},
+    {"name": "keydiff", "anchor": "ema"},
+]
+
+
+@pytest.mark.parametrize("policy", LOWERED, ids=lambda policy: "-".join(str(value) for value in policy.values()))
 def test_every_policy_survives_both_lowerings(
-    tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, policy: str
+    tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, policy: dict[str, Any]
 ) -> None:
-    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": policy}, targets=TARGETS)
-    folder = keydiff_export.export(spec, tmp_path / policy, validate=False)
-    prompt = random_tokens(11 if policy == "full" else 77, tiny.model.config.vocab_size)
+    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, policy, targets=TARGETS)
+    folder = keydiff_export.export(spec, tmp_path / "out", validate=False)
+    prompt = random_tokens(11 if policy["name"] == "full" else 77, tiny.model.config.vocab_size)
     for artifact in folder.artifacts:
         reference = Reference(tiny.model, folder.policy, BUDGET, BLOCK)
         ours, theirs, kept = run_reference(reference, prompt, 5, open_runner(folder, artifact), lambda tokens: None)

@@ -9,6 +9,7 @@ from conftest import random_tokens
 from keydiff_export.graph import StaticGraph
 from keydiff_export.models import LoadedModel
 from keydiff_export.policies import make_policy
+from keydiff_export.policies.keydiff import ANCHORS, METRICS
 from keydiff_export.reference import Reference
 from keydiff_export.runtime.base import Logits, Runner, Snapshot, make_snapshot, padded
 from keydiff_export.slots import LayerSlots, TorchOps, eviction_key, new_layers
@@ -17,11 +18,12 @@ from keydiff_export.slots import LayerSlots, TorchOps, eviction_key, new_layers
 class GraphRunner(Runner):
     """Steps a static graph eagerly; `padding` fills the unused end of a block."""
 
-    def __init__(self, loaded: LoadedModel, policy: str, recent: float, budget: int, block: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, policy: str, recent: float, budget: int, block: int, **parameters: object
+    ) -> None:
         super().__init__(budget, block)
-        self.graph = StaticGraph(
-            loaded.model, loaded.cache_shape(budget, block), make_policy(policy, recent=recent), TorchOps()
-        )
+        chosen = make_policy(policy, recent=recent, **parameters)
+        self.graph = StaticGraph(loaded.model, loaded.cache_shape(budget, block), chosen, TorchOps())
         self.layers: list[LayerSlots] = new_layers(self.graph.shape, self.graph.policy, self.graph.ops)
         self.padding = 0
 
@@ -64,11 +66,32 @@ def test_the_static_graph_equals_the_reference(tiny: LoadedModel, budget: int, b
     compare(runner, reference, random_tokens(400, tiny.model.config.vocab_size), mixed_steps(block))
 
 
-@pytest.mark.parametrize("policy", ["sink", "knorm", "random"])
+VARIANTS: list[tuple[str, dict[str, object]]] = [
+    ("sink", {}),
+    ("tova", {}),
+    ("h2o", {}),
+    ("snapkv", {"window": 3, "kernel": 3}),
+    ("snapkv", {}),
+    ("knorm", {}),
+    ("random", {}),
+    ("keydiff", {"pinned": 3}),
+    ("h2o", {"pinned": 2}),
+    *(
+        ("keydiff", {"anchor": anchor, "metric": metric})
+        for anchor in ANCHORS
+        for metric in METRICS
+        if (anchor, metric) not in (("mean", "cosine"), ("ema", "euclidean"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("policy", "parameters"), VARIANTS, ids=lambda value: str(value))
 @pytest.mark.parametrize("recent", [0.0, 0.3])
-def test_every_policy_runs_in_the_static_graph(tiny: LoadedModel, policy: str, recent: float) -> None:
-    runner = GraphRunner(tiny, policy, recent, 12, 5)
-    reference = Reference(tiny.model, make_policy(policy, recent=recent), 12, 5)
+def test_every_policy_runs_in_the_static_graph(
+    tiny: LoadedModel, policy: str, parameters: dict[str, object], recent: float
+) -> None:
+    runner = GraphRunner(tiny, policy, recent, 12, 5, **parameters)
+    reference = Reference(tiny.model, make_policy(policy, recent=recent, **parameters), 12, 5)
     compare(runner, reference, random_tokens(400, tiny.model.config.vocab_size), mixed_steps(5))
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.onnx.ops import symbolic
 
+from ..slots import Attended, Observed
+
 HIDDEN = -float("inf")
 
 
@@ -40,25 +42,44 @@ class OnnxOps:
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         return value
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, held: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        held: Tensor,
+        scaling: float,
+        probe: Tensor | None,
+        observed: Observed | None,
+    ) -> Attended:
         heads, groups, length, width = query.shape
-        slots = keys.shape[1]
-        flat = query.reshape(heads, groups * length, width)
-        logits = _onnx(
-            "com.microsoft::FusedMatMul", [flat, keys], [heads, groups * length, slots], flat, transB=1, alpha=scaling
-        )
+        slots, rows = keys.shape[1], groups * length
+        flat = query.reshape(heads, rows, width)
+        if probe is not None:
+            # One more query, so that the pass over the keys which attention makes anyway gives their dots with it.
+            flat = torch.cat([flat, (probe / scaling).unsqueeze(1)], dim=1)
+        logits = _fused_matmul(flat, keys, transpose=True, scaling=scaling)
+        dots = None
+        if probe is not None:
+            logits, dots = logits[:, :rows], logits[:, rows]
         visible = torch.arange(slots) <= (held + torch.arange(length)).unsqueeze(1)
         mask = torch.where(visible, 0.0, HIDDEN)
-        weights = (logits.view(heads, groups, length, slots) + mask).softmax(-1).view(heads, groups * length, slots)
-        # A plain MatMul between two reshapes is rewritten by onnxscript's optimizer into a broadcast over the wrong
-        # axis when the query heads a KV head are as many as the KV heads; a fused one is left as it is.
-        output = _onnx("com.microsoft::FusedMatMul", [weights, values], [heads, groups * length, width], flat)
-        return output.view(heads, groups, length, width)
-
-    def dot(self, keys: Tensor, vector: Tensor) -> Tensor:
-        heads, slots, _ = keys.shape
-        product = _onnx("com.microsoft::FusedMatMul", [vector.unsqueeze(1), keys], [heads, 1, slots], vector, transB=1)
-        return product.squeeze(1)
+        weights = (logits.reshape(heads, groups, length, slots) + mask).softmax(-1).view(heads, rows, slots)
+        attention = None
+        if observed is not None:
+            share = (observed.weights / groups).repeat(heads, 1, groups)
+            attention = _fused_matmul(share, weights).squeeze(1)
+        return Attended(_fused_matmul(weights, values).view(heads, groups, length, width), dots, attention)
 
     def after(self, index: Tensor, output: Tensor) -> Tensor:
         return index
+
+
+def _fused_matmul(left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
+    """[H, a, b] by [H, b, c], or by [H, c, b] transposed. A plain MatMul between two reshapes is rewritten by
+
+    onnxscript's optimizer into a broadcast over the wrong axis when the query heads a KV head are as many as the KV
+    heads; a fused one is left as it is.
+    """
+    shape = [*left.shape[:2], right.shape[1 if transpose else 2]]
+    return _onnx("com.microsoft::FusedMatMul", [left, right], shape, left, transB=int(transpose), alpha=scaling)

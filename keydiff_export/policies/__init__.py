@@ -1,19 +1,49 @@
-"""Registry of eviction policies. Adding one is one file here and one line in POLICIES."""
+"""Registry of eviction policies. Adding one is one file here and one line in POLICIES, or an entry point elsewhere."""
 
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib.metadata import entry_points
 from typing import Any
 
 from ..errors import UserError
-from .base import Policy, SlotView
+from .base import EVERY_QUERY, KeySum, Policy, SlotView
 from .full import Full
+from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
 from .random import Random
 from .sink import Sink
+from .snapkv import SnapKV
+from .tova import Tova
 
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, Sink, KNorm, Random, Full)}
+POLICIES: dict[str, type[Policy]] = {p.name: p for p in (KeyDiff, Sink, Tova, H2O, SnapKV, KNorm, Random, Full)}
+# Another package adds a policy under this group: `mine = "my_package.mine:Mine"`.
+ENTRY_POINTS = "keydiff_export.policies"
+
+
+def policy_names() -> list[str]:
+    """Names of our own policies and of those that installed packages add, sorted."""
+    return sorted({*POLICIES, *entry_points(group=ENTRY_POINTS).names})
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The policy of that name; our own come before a package's.
+
+    Raises:
+        UserError: unknown name, or a package's policy that does not load.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        try:
+            found = entry.load()
+        except Exception as error:  # whatever the other package raises on import
+            raise UserError(f"policy {name!r} from {entry.value} does not load: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Policy) and found.name == name):
+            raise UserError(f"policy {name!r}: {entry.value} is not a Policy of that name")
+        return found
+    raise UserError(f"unknown policy {name!r}: choose one of {', '.join(policy_names())}")
 
 
 def make_policy(name: str, **parameters: Any) -> Policy:
@@ -22,16 +52,15 @@ def make_policy(name: str, **parameters: Any) -> Policy:
     Raises:
         UserError: unknown name, unknown parameter, or a value out of range.
     """
-    if name not in POLICIES:
-        raise UserError(f"unknown policy {name!r}: choose one of {', '.join(sorted(POLICIES))}")
-    known = {f.name for f in fields(POLICIES[name])}
+    found = policy_class(name)
+    known = {f.name for f in fields(found)}
     for key in parameters:
         if key not in known:
             raise UserError(f"policy {name} has no parameter {key!r}: it takes {', '.join(sorted(known))}")
     try:
-        return POLICIES[name](**parameters)
+        return found(**parameters)
     except (TypeError, ValueError) as error:
         raise UserError(f"policy {name}: {error}") from error
 
 
-__all__ = ["POLICIES", "Policy", "SlotView", "make_policy"]
+__all__ = ["EVERY_QUERY", "POLICIES", "KeySum", "Policy", "SlotView", "make_policy", "policy_class", "policy_names"]

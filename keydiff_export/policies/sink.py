@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Policy, SlotView
+from .base import Policy, SlotView, require_whole
 
 # Above every position, and exact in float32.
 _ALWAYS = float(2**30)
@@ -23,8 +23,7 @@ class Sink(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or self.sinks < 0:
-            raise ValueError(f"sinks must be a whole number of at least 0, got {self.sinks!r}")
+        require_whole("sinks", self.sinks, 0)
 
     def score(self, view: SlotView) -> Tensor:
         """The position itself, and more than any position for a sink: [H, S]."""
