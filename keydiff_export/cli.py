@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,8 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--model", help="model folder, .gguf file, hub id or package:NAME/FILE")
     export.add_argument("--budget", type=int, metavar="N", help="tokens held a layer and KV head")
     export.add_argument("--block", type=int, metavar="B", help="tokens read a prefill step")
-    export.add_argument("--policy", help="eviction policy, see `keydiff-export policies`")
+    export.add_argument(
+        "--policy", metavar="NAME[:KEY=VALUE,...]", help="eviction policy, see `keydiff-export policies`"
+    )
     export.add_argument("--recent", type=float, help="share of the budget kept for the most recent tokens")
+    export.add_argument("--pinned", type=int, metavar="K", help="the first K positions never leave")
+    export.add_argument("--system-prompt", metavar="TEXT", help="opens every chat; its tokens never leave")
     export.add_argument("--quant", help="none, 8da4w, int8 or int4")
     export.add_argument("--target", help="comma-separated, see `keydiff-export targets`")
     export.add_argument("-o", "--output", type=Path, help=f"output folder (default {EXPORT_DEFAULT}/NAME)")
@@ -105,10 +110,11 @@ def _quiet() -> None:
 
 def _export(options: argparse.Namespace) -> int:
     from .commands.export import export_model
+    from .policies import parse_policy
     from .spec import ExportSpec, load_card
 
     given: dict[str, Any] = {
-        key: getattr(options, key) for key in ("model", "budget", "block", "quant") if getattr(options, key) is not None
+        key: getattr(options, key) for key in ("model", "budget", "block", "quant", "system_prompt") if getattr(options, key) is not None
     }
     if options.target is not None:
         given["targets"] = tuple(name.strip() for name in options.target.split(",") if name.strip())
@@ -122,9 +128,10 @@ def _export(options: argparse.Namespace) -> int:
         fields = given
     policy = dict(fields.get("policy", {"name": "keydiff"}))
     if options.policy is not None:
-        policy = {"name": options.policy}
-    if options.recent is not None:
-        policy["recent"] = options.recent
+        policy = parse_policy(options.policy)
+    for key in ("recent", "pinned"):
+        if getattr(options, key) is not None:
+            policy[key] = getattr(options, key)
     spec = ExportSpec(**{**fields, "policy": policy})
     name = spec.name or Path(spec.model).stem
     output = options.output or Path(EXPORT_DEFAULT) / name
@@ -277,10 +284,17 @@ def _list(options: argparse.Namespace) -> int:
 
         print("\n".join(ARCHITECTURES))
     elif options.what == "policies":
-        from .policies import POLICIES
+        from .policies import policy_class, policy_names
 
-        for name, policy in sorted(POLICIES.items()):
-            print(f"{name:<12}{(policy.__doc__ or '').strip().splitlines()[0]}")
+        for name in policy_names():
+            try:
+                policy = policy_class(name)
+            except UserError as error:
+                print(f"{name:<10}not available: {error}")
+                continue
+            options_of = ", ".join(f"{f.name}={f.default}" for f in fields(policy))
+            print(f"{name:<10}{(policy.__doc__ or '').strip().splitlines()[0]}")
+            print(f"{'':<10}needs {policy().needs()}; options {options_of}")
     else:
         from .lowering import TARGETS, get_target
 

@@ -66,8 +66,10 @@ class Result:
         return asdict(self)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> list[int]:
-    """Token ids of a prompt, in the model's chat template unless `raw`.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, raw: bool, system_prompt: str | None = None
+) -> list[int]:
+    """Token ids of a prompt, in the model's chat template and behind its system prompt unless `raw`.
 
     Raises:
         UserError: no tokens, or no chat template to apply.
@@ -79,11 +81,31 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> l
     elif tokenizer.chat_template is None:
         raise UserError("this model has no chat template: run with --raw")
     else:
-        messages = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = _chat_ids(tokenizer, text, system_prompt)
     if not ids:
         raise UserError("the prompt has 0 tokens: give some text")
     return [int(i) for i in ids]
+
+
+def system_prompt_tokens(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> int:
+    """Number of first tokens that a chat with this system prompt always has, whatever the user says.
+
+    Raises:
+        UserError: no chat template, or one that leaves system prompts out.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("a system prompt needs a chat template and this model has none: pin tokens with --pinned")
+    one, other = (_chat_ids(tokenizer, text, system_prompt) for text in ("0", "x"))
+    if one == _chat_ids(tokenizer, "0", None):
+        raise UserError("this model's chat template leaves the system prompt out: pin tokens with --pinned")
+    return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, text: str, system_prompt: str | None) -> list[int]:
+    messages = [{"role": "user", "content": text}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def check_context(tokens: int, limit: int, allow_beyond: bool) -> None:

@@ -27,6 +27,7 @@ class ExportSpec:
         quant: none, 8da4w, int4 or int8.
         targets: where the graph is lowered to.
         sqnr_floor: least SQNR in dB against the float32 model that `validate` accepts for a quantised artifact.
+        system_prompt: text that opens every chat; its tokens are pinned. None for no system prompt.
         name: name of the card, or of the model.
     """
 
@@ -37,6 +38,7 @@ class ExportSpec:
     quant: str = "none"
     targets: tuple[str, ...] = ("executorch-xnnpack", "onnx-cpu")
     sqnr_floor: float | None = None
+    system_prompt: str | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -52,19 +54,28 @@ class ExportSpec:
             raise UserError(f"unknown quantisation {self.quant!r}: choose one of {', '.join(QUANTS)}")
         if not self.targets:
             raise UserError("no target given: see `keydiff-export targets`")
+        if self.system_prompt is not None and not (isinstance(self.system_prompt, str) and self.system_prompt.strip()):
+            raise UserError(f"system_prompt must be text, got {self.system_prompt!r}")
         self.make_policy()
 
-    def make_policy(self) -> Policy:
-        """The policy object.
+    def make_policy(self, pinned: int = 0) -> Policy:
+        """The policy object, with at least `pinned` positions pinned.
 
         Raises:
-            UserError: unknown name or parameter.
+            UserError: unknown name or parameter, or more tokens that never leave than the budget holds.
         """
         parameters = dict(self.policy)
         name = parameters.pop("name", None)
         if not isinstance(name, str):
             raise UserError("policy has no name: write `policy: {name: keydiff}`")
-        return make_policy(name, **parameters)
+        if pinned:
+            parameters["pinned"] = max(pinned, parameters.get("pinned", 0))
+        policy = make_policy(name, **parameters)
+        try:
+            policy.check_budget(self.budget)
+        except ValueError as error:
+            raise UserError(f"policy {name}: {error}") from error
+        return policy
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..generate import system_prompt_tokens
 from ..lowering import Phases, get_target
 from ..manifest import (
     MANIFEST,
@@ -50,12 +51,13 @@ def export_model(
             raise UserError(
                 f"target {target.name} does not take --quant {spec.quant}: choose one of {', '.join(target.quants)}"
             )
-    policy = spec.make_policy()
     phases = Phases(report)
     began = time.perf_counter()
     with new_folder(output) as folder:
         with phases.phase("load model"):
             loaded = load_model(spec.model)
+        pinned = 0 if spec.system_prompt is None else system_prompt_tokens(loaded.tokenizer, spec.system_prompt)
+        policy = spec.make_policy(pinned)
         with phases.phase("quantise"):
             model = quantize(loaded.model, spec.quant)
         shape = loaded.cache_shape(spec.budget, spec.block)
@@ -82,6 +84,7 @@ def export_model(
             "name": spec.name or Path(spec.model).stem,
             "model": _describe_model(loaded),
             "policy": policy.parameters(),
+            "system_prompt": spec.system_prompt,
             "cache": {
                 "layers": shape.layers,
                 "kv_heads": shape.kv_heads,

@@ -94,7 +94,7 @@ def run_prompt(
     if max_new_tokens < 1:
         raise UserError(f"max-new-tokens must be at least 1, got {max_new_tokens}")
     tokenizer = load_tokenizer(folder)
-    prompt = encode_prompt(tokenizer, text, raw)
+    prompt = encode_prompt(tokenizer, text, raw, folder.manifest.get("system_prompt"))
     needed = len(prompt) + max_new_tokens
     if not folder.policy.evicts and needed > folder.shape.budget:
         raise UserError(

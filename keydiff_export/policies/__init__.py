@@ -6,6 +6,8 @@ from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any
 
+import yaml
+
 from ..errors import UserError
 from .base import EVERY_QUERY, KeySum, Policy, SlotView
 from .full import Full
@@ -63,4 +65,20 @@ def make_policy(name: str, **parameters: Any) -> Policy:
         raise UserError(f"policy {name}: {error}") from error
 
 
-__all__ = ["EVERY_QUERY", "POLICIES", "KeySum", "Policy", "SlotView", "make_policy", "policy_class", "policy_names"]
+def parse_policy(text: str) -> dict[str, Any]:
+    """`NAME` or `NAME:key=value,key=value` as the mapping that a graph card holds; values are YAML scalars.
+
+    Raises:
+        UserError: a part without `=`.
+    """
+    name, _, rest = text.partition(":")
+    policy: dict[str, Any] = {"name": name.strip()}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"policy {text!r}: {part!r} is not key=value; write e.g. keydiff:anchor=median,recent=0.2")
+        policy[key.strip()] = yaml.safe_load(value)
+    return policy
+
+
+__all__ = ["EVERY_QUERY", "POLICIES", "KeySum", "Policy", "SlotView", "make_policy", "parse_policy", "policy_class", "policy_names"]

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 # More queries than any block has: the policy observes them all.
@@ -73,8 +74,8 @@ class Policy(ABC):
     pinned: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.recent <= 1.0:
-            raise ValueError(f"recent must be between 0 and 1, got {self.recent}")
+        if isinstance(self.recent, bool) or not isinstance(self.recent, int | float) or not 0.0 <= self.recent <= 1.0:
+            raise ValueError(f"recent must be between 0 and 1, got {self.recent!r}")
         require_whole("pinned", self.pinned, 0)
 
     def recent_tokens(self, budget: int) -> int:
@@ -91,6 +92,18 @@ class Policy(ABC):
         recent = self.recent_tokens(budget)
         if self.pinned + recent > budget:
             raise ValueError(f"{self.pinned} pinned and {recent} recent tokens do not fit a budget of {budget}")
+
+    def needs(self) -> str:
+        """What the policy's graphs carry and compute beside keys, values and positions, in words."""
+        wanted, queries = self.key_sum(), self.observed_queries()
+        parts = []
+        if self.slot_state(torch.zeros(1, 1, 1)) is not None:
+            parts.append("a number a slot")
+        if wanted is not None:
+            parts.append("a moving sum of keys" if wanted.decay else "the sum of the held keys")
+        if queries:
+            parts.append("attention of " + ("every query" if queries == EVERY_QUERY else f"the last {queries}"))
+        return ", ".join(parts) or "nothing"
 
     def parameters(self) -> dict[str, Any]:
         """Name and every parameter, as the manifest and a graph card spell them."""
