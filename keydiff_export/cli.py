@@ -114,7 +114,9 @@ def _export(options: argparse.Namespace) -> int:
     from .spec import ExportSpec, load_card
 
     given: dict[str, Any] = {
-        key: getattr(options, key) for key in ("model", "budget", "block", "quant", "system_prompt") if getattr(options, key) is not None
+        key: getattr(options, key)
+        for key in ("model", "budget", "block", "quant", "system_prompt")
+        if getattr(options, key) is not None
     }
     if options.target is not None:
         given["targets"] = tuple(name.strip() for name in options.target.split(",") if name.strip())

@@ -129,6 +129,10 @@ def test_inspect_and_lists(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--block", "0"], "block must be a whole number of at least 1, got 0"),
         (["--block", "17"], "block 17 is larger than budget 16"),
         (["--policy", "magic"], "unknown policy 'magic'"),
+        (["--policy", "keydiff:anchor"], "'anchor' is not key=value"),
+        (["--policy", "keydiff:anchor=middle"], "anchor must be one of mean"),
+        (["--pinned", "17"], "17 pinned and 0 recent tokens do not fit a budget of 16"),
+        (["--system-prompt", " "], "system_prompt must be text"),
         (["--recent", "2"], "recent must be between 0 and 1"),
         (["--quant", "2bit"], "unknown quantisation '2bit'"),
         (["--target", "toaster"], "unknown target 'toaster'"),
@@ -143,6 +147,21 @@ def test_export_refuses_bad_input_in_one_line(
     base.update(zip(arguments[::2], arguments[1::2], strict=True))
     assert message in fails(capsys, "export", *(word for pair in base.items() for word in pair))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_prompt_is_pinned_and_opens_every_chat(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["export", "--model", str(tiny_folder), "--block", "8", "--target", "onnx-cpu", "-o", str(tmp_path / "out")]
+    assert main([*base, "--budget", "16", "--system-prompt", "Be brief."]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    # <user>, nine characters, and the <user> that opens the next message: the same whatever is asked.
+    assert manifest["policy"]["pinned"] == 11
+    capsys.readouterr()
+    assert main(["run", str(tmp_path / "out"), "--prompt", "Why?", "--max-new-tokens", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 11 + 4 + 1
+    assert main([*base, "--budget", "8", "--system-prompt", "Be brief."]) == 2
+    assert "11 pinned and 0 recent tokens do not fit a budget of 8" in capsys.readouterr().err
 
 
 def test_export_without_model_or_card(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from one_layer import EagerLayer, Rows
 
 from keydiff_export.errors import UserError
-from keydiff_export.policies import POLICIES, SlotView, make_policy
-from keydiff_export.slots import TorchOps
+from keydiff_export.policies import POLICIES, Policy, SlotView, make_policy, parse_policy, policy_class, policy_names
 
 
-def keydiff_scores(keys: list[list[float]], valid: list[float] | None = None) -> list[float]:
-    policy = make_policy("keydiff")
-    tensor = torch.tensor([keys])
-    positions = torch.arange(len(keys)).unsqueeze(0)
-    view = SlotView(tensor, positions, torch.tensor(valid or [1.0] * len(keys)), policy.slot_state(tensor))
-    anchor = policy.anchor(view)
-    assert anchor is not None
-    dots = TorchOps().dot(tensor, anchor)
-    return policy.score(SlotView(tensor, positions, view.valid, view.state, dots))[0].tolist()
+def keydiff_scores(keys: list[list[float]], **options: object) -> list[float]:
+    layer = EagerLayer(make_policy("keydiff", **options), budget=1, block=len(keys))
+    rows = torch.tensor([keys])
+    layer.step(Rows(rows, rows, rows))
+    scores = layer.reference.layers[0].scores
+    assert scores is not None
+    return scores[0].tolist()
 
 
 def test_keydiff_is_minus_the_cosine_to_the_mean_of_raw_keys() -> None:
@@ -43,20 +43,73 @@ def test_an_opposite_key_scores_highest() -> None:
     assert scores[3] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_empty_slots_do_not_move_the_anchor() -> None:
-    alone = keydiff_scores([[3.0, 0.0], [0.0, 1.0]])
-    beside_garbage = keydiff_scores([[3.0, 0.0], [0.0, 1.0], [50.0, -70.0]], [1.0, 1.0, 0.0])
-    assert beside_garbage[:2] == pytest.approx(alone, abs=1e-6)
-
-
 def test_a_zero_key_gives_a_finite_score() -> None:
     assert all(math.isfinite(score) for score in keydiff_scores([[0.0, 0.0], [1.0, 0.0]]))
+
+
+def test_the_median_anchor_takes_the_lower_middle_of_each_coordinate() -> None:
+    # Coordinates (1, 2, 9, 4) and (0, 8, 1, 2): lower medians 2 and 1; dots 2, 12, 19, 10.
+    keys = [[1.0, 0.0], [2.0, 8.0], [9.0, 1.0], [4.0, 2.0]]
+    assert keydiff_scores(keys, anchor="median", metric="dot") == pytest.approx([-2, -12, -19, -10])
+
+
+def test_a_moving_sum_keeps_what_left_the_cache() -> None:
+    # N = 1: (0, 2) leaves, for its dot with (1, 2) is the larger. The sum then is 0.75 (1, 2) + (3, 0) = (3.75, 1.5).
+    layer = EagerLayer(make_policy("keydiff", anchor="ema", metric="dot", ema_alpha=0.25), budget=1, block=2)
+    for keys in ([[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0]]):
+        rows = torch.tensor([keys])
+        layer.step(Rows(rows, rows, rows))
+    assert layer.reference.layers[0].scores[0].tolist() == pytest.approx([-3.75, -11.25])
+
+
+def test_euclidean_keeps_the_far_keys() -> None:
+    # Mean (1, 0): squared distances 1, 1, 4, 4, less the 1 of |mean|^2.
+    keys = [[0.0, 0.0], [2.0, 0.0], [-1.0, 0.0], [3.0, 0.0]]
+    assert keydiff_scores(keys, metric="euclidean") == pytest.approx([0, 0, 3, 3], abs=1e-6)
+
+
+def uniform_attention(policy: Policy, steps: list[int], budget: int) -> EagerLayer:
+    """Zero keys and queries, so that every query spreads its attention evenly over what it sees."""
+    layer = EagerLayer(policy, budget, max(steps))
+    for length in steps:
+        layer.step(Rows(torch.zeros(1, length, 2), torch.zeros(1, length, 2), torch.zeros(1, length, 2)))
+    return layer
+
+
+def test_h2o_adds_up_the_attention_of_all_queries() -> None:
+    layer = uniform_attention(make_policy("h2o"), [2, 1], budget=3)
+    # Token 0: 1 + 1/2 + 1/3, token 1: 1/2 + 1/3, token 2: 1/3.
+    assert layer.reference.layers[0].state[0].tolist() == pytest.approx([11 / 6, 5 / 6, 1 / 3])
+
+
+def test_tova_looks_through_the_last_query_only() -> None:
+    layer = uniform_attention(make_policy("tova"), [4], budget=3)
+    assert layer.reference.layers[0].scores[0].tolist() == pytest.approx([0.25] * 4)
+
+
+def test_snapkv_pools_over_neighbours_before_the_window() -> None:
+    # Six tokens, the last two observe: sums 1/5 + 1/6 for tokens 0 .. 3. Pooled over three, the ends see fewer.
+    layer = uniform_attention(make_policy("snapkv", window=2, kernel=3), [6], budget=5)
+    one = 1 / 5 + 1 / 6
+    scores = layer.reference.layers[0].scores[0].tolist()
+    assert scores[:4] == pytest.approx([2 * one / 3, one, one, 2 * one / 3])
+    assert scores[4:] == [math.inf, math.inf]
+
+
+def test_attention_is_averaged_over_the_query_heads_of_a_kv_head() -> None:
+    """One query head stares at token 0, the other at token 1; the KV head's average is even."""
+    keys = torch.tensor([[[10.0, 0.0], [0.0, 10.0], [0.0, 0.0]]])
+    queries = torch.tensor([[[0.0, 0.0]] * 2 + [[10.0, 0.0]], [[0.0, 0.0]] * 2 + [[0.0, 10.0]]])
+    layer = EagerLayer(make_policy("tova"), budget=2, block=3)
+    layer.step(Rows(queries, keys, keys))
+    assert layer.reference.layers[0].scores[0].tolist() == pytest.approx([0.5, 0.5, 0.0], abs=1e-6)
 
 
 def view_of(positions: list[int], state: list[float] | None = None, heads: int = 1) -> SlotView:
     rows = torch.tensor([positions]).expand(heads, -1)
     numbers = None if state is None else torch.tensor([state])
-    return SlotView(torch.zeros(heads, len(positions), 2), rows, torch.ones(len(positions)), numbers)
+    keys, newest = torch.zeros(heads, len(positions), 2), torch.tensor([max(positions)])
+    return SlotView(keys, rows, torch.ones(len(positions)), newest, numbers)
 
 
 def test_sink_keeps_the_first_tokens_and_then_the_newest() -> None:
@@ -97,6 +150,17 @@ def test_recent_window_is_the_floor_of_its_share(recent: float, budget: int, exp
         ("keydiff", {"window": 3}, "has no parameter 'window'"),
         ("keydiff", {"recent": 1.5}, "recent must be between 0 and 1"),
         ("keydiff", {"recent": "much"}, "policy keydiff"),
+        ("keydiff", {"pinned": 1.5}, "pinned must be a whole number of at least 0, got 1.5"),
+        (
+            "keydiff",
+            {"anchor": "middle"},
+            "anchor must be one of mean, normalized, median, pairwise, ema, got 'middle'",
+        ),
+        ("keydiff", {"metric": "taxicab"}, "metric must be one of cosine, dot, euclidean"),
+        ("keydiff", {"anchor": "ema", "metric": "euclidean"}, "choose metric cosine or dot"),
+        ("keydiff", {"ema_alpha": 0.0}, "ema_alpha must be above 0"),
+        ("snapkv", {"kernel": 4}, "kernel must be odd"),
+        ("snapkv", {"window": 0}, "window must be a whole number of at least 1"),
         ("sink", {"sinks": -1}, "sinks must be a whole number"),
     ],
 )
@@ -110,3 +174,64 @@ def test_every_policy_is_registered_under_its_name_and_documented() -> None:
         assert policy.name == name
         assert policy.__doc__
         assert make_policy(name).parameters()["name"] == name
+
+
+def test_pinned_and_recent_tokens_must_fit_the_budget() -> None:
+    make_policy("keydiff", pinned=6, recent=0.4).check_budget(10)
+    with pytest.raises(ValueError, match="7 pinned and 4 recent tokens do not fit a budget of 10"):
+        make_policy("keydiff", pinned=7, recent=0.4).check_budget(10)
+
+
+def test_a_policy_and_its_options_on_one_line() -> None:
+    assert parse_policy("sink") == {"name": "sink"}
+    assert parse_policy("keydiff:anchor=ema, recent=0.2,pinned=4") == {
+        "name": "keydiff", "anchor": "ema", "recent": 0.2, "pinned": 4,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="'ema' is not key=value"):
+        parse_policy("keydiff:ema")
+
+
+def test_what_a_policy_does_not_ask_for_it_does_not_carry() -> None:
+    needs = {name: policy().needs() for name, policy in POLICIES.items()}
+    assert needs == {
+        "keydiff": "a number a slot, the sum of the held keys",
+        "sink": "nothing",
+        "tova": "attention of the last 1",
+        "h2o": "a number a slot, attention of every query",
+        "snapkv": "attention of the last 32",
+        "knorm": "a number a slot",
+        "random": "nothing",
+        "full": "nothing",
+    }
+    assert make_policy("keydiff", anchor="ema").needs() == "a number a slot, a moving sum of keys"
+    assert make_policy("keydiff", metric="dot").needs() == "the sum of the held keys"
+
+
+@pytest.fixture
+def foreign_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package that adds two policies, one of which cannot be imported."""
+    (tmp_path / "shelf.py").write_text(
+        "from keydiff_export.policies import Policy\n\n\n"
+        "class Shelf(Policy):\n    name = 'shelf'\n\n"
+        "    def score(self, view):\n        return -view.positions.float()\n",
+        encoding="utf-8",
+    )
+    info = tmp_path / "shelf-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shelf\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(
+        "[keydiff_export.policies]\nshelf = shelf:Shelf\nlost = shelf:Lost\nrenamed = shelf:Shelf\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+
+
+@pytest.mark.usefixtures("foreign_package")
+def test_another_package_can_add_a_policy() -> None:
+    assert {"shelf", "lost", *POLICIES} <= set(policy_names())
+    scores = make_policy("shelf").score(view_of([3, 1, 2]))
+    assert scores.tolist() == [[-3.0, -1.0, -2.0]]
+    with pytest.raises(UserError, match="policy 'lost' from shelf:Lost does not load"):
+        policy_class("lost")
+    with pytest.raises(UserError, match="shelf:Shelf is not a Policy of that name"):
+        policy_class("renamed")

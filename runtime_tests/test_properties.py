@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ def policies(draw: st.DrawFn, budget: int) -> Policy:
     options: dict[str, Any] = {"pinned": pinned, "recent": draw(st.sampled_from([0.0, 0.25, 0.5]))}
     if name == "keydiff":
         options["anchor"] = draw(st.sampled_from(ANCHORS))
-        options["metric"] = draw(st.sampled_from([m for m in METRICS if (options["anchor"], m) != ("ema", "euclidean")]))
+        options["metric"] = draw(
+            st.sampled_from([m for m in METRICS if (options["anchor"], m) != ("ema", "euclidean")])
+        )
     if name == "snapkv":
         options |= {"window": draw(st.integers(1, 6)), "kernel": draw(st.sampled_from([1, 3, 7]))}
     if name == "sink":
@@ -61,7 +64,7 @@ def test_the_budget_order_and_protected_tokens_hold_after_every_step(
         always = set(range(min(policy.pinned, seen))) | set(range(max(0, seen - policy.recent_tokens(budget)), seen))
         for positions in layer.held():
             assert len(positions) == min(seen, budget)
-            assert all(a < b for a, b in zip(positions, positions[1:], strict=False))
+            assert all(a < b for a, b in pairwise(positions))
             assert positions[0] >= 0
             assert positions[-1] < seen
             assert always <= set(positions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import random_tokens
@@ -113,9 +115,12 @@ def test_padding_is_invisible(tiny: LoadedModel) -> None:
     assert first.snapshot().held == second.snapshot().held
 
 
-def test_reset_forgets_what_is_left_in_the_slots(tiny: LoadedModel) -> None:
+@pytest.mark.parametrize("policy", [{"name": "keydiff"}, {"name": "keydiff", "anchor": "ema"}, {"name": "h2o"}])
+def test_reset_forgets_what_is_left_in_the_slots(tiny: LoadedModel, policy: dict[str, Any]) -> None:
     tokens = random_tokens(80, tiny.model.config.vocab_size)
-    fresh, used = (GraphRunner(tiny, "keydiff", 0.0, 8, 4) for _ in range(2))
+    options = dict(policy)
+    name = options.pop("name")
+    fresh, used = (GraphRunner(tiny, name, 0.0, 8, 4, **options) for _ in range(2))
     for begin in range(40, 60, 4):
         used.step(tokens[begin : begin + 4])
     for token in tokens[60:75]:

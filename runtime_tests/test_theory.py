@@ -1,4 +1,4 @@
-"""The paper's claims about anchors and attention as numeric properties of random vectors (arXiv 2504.15364, section 3)."""
+"""The paper's claims about anchors and attention, on random vectors (arXiv 2504.15364, section 3)."""
 
 from __future__ import annotations
 

@@ -75,9 +75,7 @@ class ExecuTorchOps:
         attention = None if observed is None else self._probabilities(query, keys, held, scaling, observed)
         return Attended(output.transpose(1, 2), dots, attention)
 
-    def _probabilities(
-        self, query: Tensor, keys: Tensor, held: Tensor, scaling: float, observed: Observed
-    ) -> Tensor:
+    def _probabilities(self, query: Tensor, keys: Tensor, held: Tensor, scaling: float, observed: Observed) -> Tensor:
         """Column sums of the observed queries' rows, [H, S]. custom_sdpa keeps its probabilities to itself, so the rows
 
         are computed once more, and only those that were asked for. Keys times queries, not queries times keys: the

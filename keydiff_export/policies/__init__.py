@@ -81,4 +81,14 @@ def parse_policy(text: str) -> dict[str, Any]:
     return policy
 
 
-__all__ = ["EVERY_QUERY", "POLICIES", "KeySum", "Policy", "SlotView", "make_policy", "parse_policy", "policy_class", "policy_names"]
+__all__ = [
+    "EVERY_QUERY",
+    "POLICIES",
+    "KeySum",
+    "Policy",
+    "SlotView",
+    "make_policy",
+    "parse_policy",
+    "policy_class",
+    "policy_names",
+]

@@ -43,10 +43,9 @@ class SnapKV(Policy):
         return self.window
 
     def score(self, view: SlotView) -> Tensor:
-        """Pooled column sums of the tokens before the window: [H, S]. Held tokens are neighbours in order of position."""
+        """Column sums before the window, pooled over the held tokens in order of position: [H, S]."""
         assert view.attention is not None
-        before_window = (view.positions <= view.newest - self.window) & (view.valid > 0)
-        seen = torch.where(before_window, view.attention, 0.0)
+        seen = torch.where(view.positions <= view.newest - self.window, view.attention, 0.0)
         order = torch.where(view.valid > 0, -view.positions, -(2**40)).topk(seen.shape[-1], dim=-1).indices
         line = torch.nn.functional.pad(seen.gather(1, order), (self.kernel // 2, self.kernel // 2))
         pooled = line[:, : seen.shape[-1]]
