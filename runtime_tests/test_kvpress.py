@@ -99,7 +99,7 @@ def test_tova(rows: Rows, attention: Tensor) -> None:
 
 
 def test_snapkv(rows: Rows, attention: Tensor) -> None:
-    """The window's attention is averaged by kvpress and summed by us (the paper's A.1): a factor of 32 for all tokens."""
+    """kvpress averages the window's attention, we sum it (the paper's A.1): a factor of 32, the same for all tokens."""
     press = kvpress_module("snapkv_press").SnapKVPress(window_size=32, kernel_size=7)
     expected = theirs(press, rows, attention)
     scores = ours(rows, "snapkv", budget=40)[0]

@@ -1,8 +1,8 @@
-"""Block-wise prefill as the paper runs it, against kvpress's BlockPress, which scores blocks after one full forward pass.
+"""Block-wise prefill as the paper runs it, against kvpress's BlockPress, which scores blocks after one forward pass.
 
-Both keep N tokens a head in blocks of B with the same score (anchor of unit keys, as kvpress has it). In the first layer
-they must agree; in later ones BlockPress sees keys that were computed with attention to tokens it has evicted already
-(kvpress issue 186). Printed: mean Jaccard of the kept sets by depth, and the perplexity of the text that follows.
+Both keep N tokens a head in blocks of B with the same score (anchor of unit keys, as kvpress has it). In the first
+layer they must agree; in later ones BlockPress sees keys that were computed with attention to tokens it has evicted
+already (kvpress issue 186). Printed: mean Jaccard of the kept sets by depth, and the perplexity of the text behind.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main() -> None:
     assert loaded.model.config._attn_implementation == ATTENTION_NAME
     body = loaded.tokenizer(long_text())["input_ids"]
     print(
-        "| prompt | first layer | mean of layers | last layer | perplexity: block-wise, raw mean | unit mean | BlockPress | full |"
+        "| prompt | Jaccard: first layer | all | last | perplexity: block-wise | with unit keys | BlockPress | full |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for length in options.tokens:
