@@ -66,19 +66,6 @@ class LayerSlots:
 
 
 @dataclass(frozen=True)
-class Observed:
-    """The queries of a step whose attention a policy asked for: Q of its T.
-
-    Attributes:
-        rows: [Q] int64, their indices in the step.
-        weights: [T] float32, 1 for an observed query that is not padding, else 0.
-    """
-
-    rows: Tensor
-    weights: Tensor
-
-
-@dataclass(frozen=True)
 class Attended:
     """What an attention over the slots gives.
 
@@ -114,17 +101,8 @@ class SlotOps(Protocol):
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         """Replaces a whole small tensor and returns it, perhaps the same one."""
 
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        held: Tensor,
-        scaling: float,
-        probe: Tensor | None,
-        observed: Observed | None,
-    ) -> Attended:
-        """Attention of query [H, R, T, d], token i over slots 0 .. held + i; dots with a probe [H, d]."""
+    def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
+        """Batched matrix product of left [H, a, b] with right [H, b, c], or with right [H, c, b] transposed, scaled."""
 
     def after(self, index: Tensor, output: Tensor) -> Tensor:
         """The index, computed no sooner than the attention output: rows at it move only once they were read."""
@@ -176,9 +154,10 @@ class SlotCache:
         # A decode step scores only once the budget is full, and then slots 0 .. N all hold a token.
         self.occupied = slot <= budget if count is None else slot < self.held + count
         self.valid = self.occupied.to(torch.float32)
+        self.mask = torch.where(slot <= (self.held + row).unsqueeze(1), 0.0, NEVER)
         self.end = start + (1 if count is None else count)
         self.entering = torch.ones(length) if count is None else (row < count).to(torch.float32)
-        self.observed = self._observe(min(policy.observed_queries(), length))
+        self.observed = self._observed(policy.observed_queries(), row)
         self.tie_floor = torch.tensor(1e-60, dtype=torch.float64)
         self.tie_step = torch.tensor(2.0**-51, dtype=torch.float64)
         if count is not None:
@@ -191,12 +170,13 @@ class SlotCache:
             self.unmarked = torch.zeros(heads, slots, dtype=torch.int64)
             self.marks = torch.ones(heads, length, dtype=torch.int64)
 
-    def _observe(self, queries: int) -> Observed | None:
+    def _observed(self, queries: int, row: Tensor) -> Tensor | None:
+        """[T] float32, 1 for the last `queries` queries that are not padding, else 0; None when none are wanted."""
         if queries == 0 or not self.policy.evicts:
             return None
-        first = torch.zeros_like(self.start) if self.count is None else (self.count - queries).clamp_min(0)
-        rows = first + torch.arange(queries)
-        return Observed(rows, self.entering * (torch.arange(len(self.entering)) >= first))
+        if self.count is None or queries >= len(row):
+            return self.entering
+        return self.entering * (row >= self.count - queries)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Writes T new tokens, attends, evicts.
@@ -221,10 +201,30 @@ class SlotCache:
         view = self._view(slots, key, state)
         probe = self.policy.probe(view) if self.policy.evicts else None
         grouped = query.reshape(heads, -1, length, width)
-        found = self.ops.attend(grouped, slots.keys, slots.values, self.held, scaling, probe, self.observed)
+        found = self._attend(grouped, view.keys, self.ops.view(slots.values), scaling, probe)
         if self.policy.evicts:
             self._evict(slots, replace(view, dots=found.dots, attention=found.attention), found.output)
         return found.output.reshape(-1, length, width)
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, probe: Tensor | None) -> Attended:
+        """Attention of query [H, R, T, d], token i over slots 0 .. held + i."""
+        heads, groups, length, width = query.shape
+        slots, rows = keys.shape[1], groups * length
+        flat = query.reshape(heads, rows, width)
+        if probe is not None:
+            # One more query: the pass over the keys that attention makes anyway gives their products with it as well.
+            flat = torch.cat([flat, (probe / scaling).unsqueeze(1)], dim=1)
+        logits = self.ops.product(flat, keys, transpose=True, scaling=scaling)
+        dots = None
+        if probe is not None:
+            logits, dots = logits[:, :rows], logits[:, rows]
+        masked = logits.reshape(heads, groups, length, slots) + self.mask
+        weights = masked.softmax(-1).reshape(heads, rows, slots)
+        attention = None
+        if self.observed is not None:
+            share = (self.observed / groups).repeat(heads, 1, groups)
+            attention = self.ops.product(share, weights).squeeze(1)
+        return Attended(self.ops.product(weights, values).reshape(heads, groups, length, width), dots, attention)
 
     def _view(self, slots: LayerSlots, key: Tensor, state: Tensor | None) -> SlotView:
         """What the policy sees before attention; brings the moving sum up to date."""
@@ -347,24 +347,8 @@ class TorchOps:
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         return value
 
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        held: Tensor,
-        scaling: float,
-        probe: Tensor | None,
-        observed: Observed | None,
-    ) -> Attended:
-        visible = torch.arange(keys.shape[1]) <= (held + torch.arange(query.shape[2])).unsqueeze(1)
-        logits = (query @ keys.unsqueeze(1).mT) * scaling
-        weights = torch.where(visible, logits, NEVER).softmax(-1)
-        dots = None if probe is None else (keys @ probe.unsqueeze(-1)).squeeze(-1)
-        attention = None
-        if observed is not None:
-            attention = (weights * observed.weights.unsqueeze(-1)).sum(2).mean(1)
-        return Attended(weights @ values.unsqueeze(1), dots, attention)
+    def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
+        return (left @ (right.mT if transpose else right)) * scaling
 
     def after(self, index: Tensor, output: Tensor) -> Tensor:
         return index

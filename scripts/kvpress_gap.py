@@ -111,9 +111,7 @@ def main() -> None:
     loaded = load_model(options.model)
     assert loaded.model.config._attn_implementation == ATTENTION_NAME
     body = loaded.tokenizer(long_text())["input_ids"]
-    print(
-        "| prompt | Jaccard: first layer | all | last | perplexity: block-wise | with unit keys | BlockPress | full |"
-    )
+    print("| prompt | Jaccard: first layer | all | last | perplexity: block-wise | unit keys | BlockPress | full |")
     print("|---|---|---|---|---|---|---|---|")
     for length in options.tokens:
         losses: dict[str, list[float]] = {"mean": [], "normalized": [], "press": [], "full": []}

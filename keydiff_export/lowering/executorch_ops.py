@@ -10,10 +10,6 @@ import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers torch.ops.llama)
 from torch import Tensor
 
-from ..slots import Attended, Observed
-
-HIDDEN = -float("inf")
-
 
 class Address:
     """Slots by index [H, T] for the custom operator, and flattened over heads for index_select."""
@@ -57,41 +53,9 @@ class ExecuTorchOps:
         target.copy_(value.reshape(target.shape))
         return target
 
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        held: Tensor,
-        scaling: float,
-        probe: Tensor | None,
-        observed: Observed | None,
-    ) -> Attended:
-        start = held.item()
-        torch._check(start >= 0)
-        torch._check(start <= keys.shape[1] - query.shape[2])
-        output = torch.ops.llama.custom_sdpa(query.transpose(1, 2), keys, values, start, None, 0.0, True, scaling)
-        dots = None if probe is None else torch.bmm(self.view(keys), probe.unsqueeze(-1)).squeeze(-1)
-        attention = None if observed is None else self._probabilities(query, keys, held, scaling, observed)
-        return Attended(output.transpose(1, 2), dots, attention)
-
-    def _probabilities(self, query: Tensor, keys: Tensor, held: Tensor, scaling: float, observed: Observed) -> Tensor:
-        """Column sums of the observed queries' rows, [H, S]. custom_sdpa keeps its probabilities to itself, so the rows
-
-        are computed once more, and only those that were asked for. Keys times queries, not queries times keys: the
-        large operand is read as it lies and the small one is transposed.
-        """
-        heads, groups, _, width = query.shape
-        count = len(observed.rows)
-        rows = query.index_select(2, observed.rows).reshape(heads, groups * count, width)
-        logits = torch.bmm(self.view(keys), (rows * scaling).transpose(1, 2)).transpose(1, 2)
-        slots = logits.shape[-1]
-        visible = torch.arange(slots) <= (held + observed.rows).unsqueeze(1)
-        mask = torch.where(visible, 0.0, HIDDEN)
-        weights = (logits.reshape(heads, groups, count, slots) + mask).softmax(-1)
-        share = observed.weights.index_select(0, observed.rows) / groups
-        rows = weights.reshape(heads, groups * count, slots)
-        return torch.bmm(share.repeat(heads, 1, groups), rows).squeeze(1)
+    def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
+        scaled = left if scaling == 1.0 else left * scaling
+        return torch.bmm(scaled, right.transpose(1, 2) if transpose else right)
 
     def after(self, index: Tensor, output: Tensor) -> Tensor:
         # In-place writes are ordered by nothing but data: without this, a policy that does not look at the keys could

@@ -10,10 +10,6 @@ import torch
 from torch import Tensor
 from torch.onnx.ops import symbolic
 
-from ..slots import Attended, Observed
-
-HIDDEN = -float("inf")
-
 
 def _onnx(name: str, inputs: list[Tensor], shape: list[int], like: Tensor, **attributes: int | float) -> Tensor:
     return symbolic(name, inputs, attributes, dtype=like.dtype, shape=shape)
@@ -42,44 +38,11 @@ class OnnxOps:
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         return value
 
-    def attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        held: Tensor,
-        scaling: float,
-        probe: Tensor | None,
-        observed: Observed | None,
-    ) -> Attended:
-        heads, groups, length, width = query.shape
-        slots, rows = keys.shape[1], groups * length
-        flat = query.reshape(heads, rows, width)
-        if probe is not None:
-            # One more query, so that the pass over the keys which attention makes anyway gives their dots with it.
-            flat = torch.cat([flat, (probe / scaling).unsqueeze(1)], dim=1)
-        logits = _fused_matmul(flat, keys, transpose=True, scaling=scaling)
-        dots = None
-        if probe is not None:
-            logits, dots = logits[:, :rows], logits[:, rows]
-        visible = torch.arange(slots) <= (held + torch.arange(length)).unsqueeze(1)
-        mask = torch.where(visible, 0.0, HIDDEN)
-        weights = (logits.reshape(heads, groups, length, slots) + mask).softmax(-1).view(heads, rows, slots)
-        attention = None
-        if observed is not None:
-            share = (observed.weights / groups).repeat(heads, 1, groups)
-            attention = _fused_matmul(share, weights).squeeze(1)
-        return Attended(_fused_matmul(weights, values).view(heads, groups, length, width), dots, attention)
+    def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
+        # A plain MatMul between two reshapes is rewritten by onnxscript's optimizer into a broadcast over the wrong
+        # axis when the query heads a KV head are as many as the KV heads; a fused one is left as it is.
+        shape = [*left.shape[:2], right.shape[1 if transpose else 2]]
+        return _onnx("com.microsoft::FusedMatMul", [left, right], shape, left, transB=int(transpose), alpha=scaling)
 
     def after(self, index: Tensor, output: Tensor) -> Tensor:
         return index
-
-
-def _fused_matmul(left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
-    """[H, a, b] by [H, b, c], or by [H, c, b] transposed. A plain MatMul between two reshapes is rewritten by
-
-    onnxscript's optimizer into a broadcast over the wrong axis when the query heads a KV head are as many as the KV
-    heads; a fused one is left as it is.
-    """
-    shape = [*left.shape[:2], right.shape[1 if transpose else 2]]
-    return _onnx("com.microsoft::FusedMatMul", [left, right], shape, left, transB=int(transpose), alpha=scaling)

@@ -14,7 +14,6 @@ from functools import cached_property
 
 import torch
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
-from executorch.backends.xnnpack.partition.config.generic_node_configs import BMMConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir.backend.compile_spec_schema import CompileSpec
@@ -25,9 +24,6 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import Node
 from torch.fx.passes.infra.partitioner import Partition
 
-# The products that score keys read the whole cache; kept outside, they take it as it lies in its buffer. Whether
-# XNNPACK would be faster is open: one noisy run had it ahead for the anchor's sum and behind for the scores.
-_CONFIGS = [config for config in ALL_PARTITIONER_CONFIGS if config is not BMMConfig]
 # Runs one of XNNPACK's seventeen passes in place of all: the others rewrite convolutions, batch norms and layouts that
 # a language model lacks, and each re-traces every delegate.
 _ONLY_LINEAR_PASS = CompileSpec("dqlinear_partitioner", b"")
@@ -48,7 +44,7 @@ class SegmentPartitioner(XnnpackPartitioner):
     """XNNPACK's own node configurations, grouped by segment between the operators that XNNPACK lacks."""
 
     def __init__(self) -> None:
-        super().__init__(configs=_CONFIGS)
+        super().__init__(configs=ALL_PARTITIONER_CONFIGS)
         self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, [_ONLY_LINEAR_PASS])
 
     def ops_to_not_decompose(self, ep: ExportedProgram) -> tuple[list[OpOverload], Callable[[Node], bool] | None]:
