@@ -14,15 +14,18 @@ the first new token, so a cache is reset by starting again at position 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .policies import Policy, SlotView
 
-NEVER = -float("inf")
+HIDDEN = -float("inf")
+# Below every score; finite, because infinity times zero is no number, and far enough from the end of float32 that a
+# score can be added.
+NEVER = -1e38
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class LayerSlots:
         positions: [H, S] int64.
         pending: [H] int64, the slot that the next single-token write goes to once the cache is full.
         state: [H, S] float32, or None when the policy keeps nothing a slot.
-        total: [H, d] float32, a moving sum of keys, or None when the policy asks for none.
+        total: [H, d] float64, the policy's sum of keys, or None when it asks for none. Carried from step to step: plus
+            what enters, minus what leaves, and in double precision no drift to speak of.
     """
 
     keys: Tensor
@@ -62,7 +66,8 @@ class LayerSlots:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, in graph I/O order."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        named = {field.name: getattr(self, field.name) for field in fields(LayerSlots)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -104,19 +109,32 @@ class SlotOps(Protocol):
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         """Batched matrix product of left [H, a, b] with right [H, b, c], or with right [H, c, b] transposed, scaled."""
 
-    def after(self, index: Tensor, output: Tensor) -> Tensor:
-        """The index, computed no sooner than the attention output: rows at it move only once they were read."""
+    def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
+        """[H, S] float32 -> [H] slots of the largest number, of equal ones that of the highest position."""
+
+    def after(self, index: Tensor, *results: Tensor) -> Tensor:
+        """The index, computed no sooner than the results: rows at it move only once they were read."""
 
 
-def eviction_key(score: Tensor, positions: Tensor, floor: Tensor, step: Tensor) -> Tensor:
-    """[H, S] float64, larger leaves first: the lowest score, and of equal scores the newest token.
+def leaving_order(leaving: Tensor, positions: Tensor) -> Tensor:
+    """[H, S] float64, ordered as leaving is, and of equal numbers the higher position has more.
 
-    `floor` and `step` are float64 scalars: a number below every float32, which orders the zeros too, and the weight of
-    a position, far below a float32 rounding step (2**-24) for every position up to 2**26, so that it orders equal
-    scores and never reorders different ones.
+    The weight of a position is far below a float32 rounding step (2**-24) for every position up to 2**26, so it orders
+    equal numbers and never reorders different ones; the smallest addend, below every float32, orders zeros.
     """
-    leaving = (-score).double()
-    return leaving + (leaving.abs() + floor) * (positions * step)
+    exact = leaving.double()
+    # Tensors, because a backend may hold a Python number in float32.
+    least, weight = torch.tensor([1e-60, 2.0**-51], dtype=torch.float64)
+    return exact + (exact.abs() + least) * (positions * weight)
+
+
+class _Rows(NamedTuple):
+    """Rows of T tokens for every tensor of a layer: keys and values [H, T, d], positions and state [H, T]."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    state: Tensor | None
 
 
 class SlotCache:
@@ -152,16 +170,21 @@ class SlotCache:
         slot, row = torch.arange(slots), torch.arange(length)
         self.positions = (start + row).expand(heads, length)
         # A decode step scores only once the budget is full, and then slots 0 .. N all hold a token.
-        self.occupied = slot <= budget if count is None else slot < self.held + count
-        self.valid = self.occupied.to(torch.float32)
-        self.mask = torch.where(slot <= (self.held + row).unsqueeze(1), 0.0, NEVER)
+        occupied = slot <= budget if count is None else slot < self.held + count
+        self.valid = occupied.to(torch.float32)
+        self.empty = torch.where(occupied, 0.0, NEVER)
+        self.seeing = slot <= (self.held + row).unsqueeze(1)
+        self.mask: Tensor | None = None
         self.end = start + (1 if count is None else count)
         self.entering = torch.ones(length) if count is None else (row < count).to(torch.float32)
         self.observed = self._observed(policy.observed_queries(), row)
-        self.tie_floor = torch.tensor(1e-60, dtype=torch.float64)
-        self.tie_step = torch.tensor(2.0**-51, dtype=torch.float64)
-        if count is not None:
-            self.appended = ops.address((self.held + row).expand(heads, length))
+        wanted = policy.key_sum()
+        if wanted is not None:
+            self.kept = (start > 0).double() * (1.0 - wanted.decay)
+        if count is None:
+            self.evicting = (start >= budget).double()
+        else:
+            self.appended = (self.held + row).expand(heads, length)
             self.last_slot = ops.address(torch.full((heads, 1), budget))
             self.excess = row < (self.held + count - budget).clamp_min(0)
             # Sort weights that list slots in ascending order: positive, and falling with the slot.
@@ -191,117 +214,176 @@ class SlotCache:
         """
         heads, length, width = key.shape
         slots = self.layers[layer]
-        if self.count is None:
-            address = self.ops.address(torch.where(self.filling, self.start, slots.pending).unsqueeze(1))
-        else:
-            self._settle(slots)
-            address = self.appended
         state = self.policy.slot_state(key)
-        self._write(slots, address, key, value, self.positions, state)
-        view = self._view(slots, key, state)
+        entering = _Rows(key, value, self.positions, state)
+        if self.count is None:
+            place = torch.where(self.filling, self.start, slots.pending).unsqueeze(1)
+        else:
+            place, entering = self._settled(slots, entering)
+        self._write(slots, self.ops.address(place), entering)
+        total = None if slots.total is None else slots.total * self.kept + self._sum(key, state, self.entering)
+        view = self._view(slots, total)
         probe = self.policy.probe(view) if self.policy.evicts else None
         grouped = query.reshape(heads, -1, length, width)
         found = self._attend(grouped, view.keys, self.ops.view(slots.values), scaling, probe)
         if self.policy.evicts:
-            self._evict(slots, replace(view, dots=found.dots, attention=found.attention), found.output)
+            self._evict(slots, replace(view, dots=found.dots, attention=found.attention), total, found.output)
         return found.output.reshape(-1, length, width)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, probe: Tensor | None) -> Attended:
         """Attention of query [H, R, T, d], token i over slots 0 .. held + i."""
         heads, groups, length, width = query.shape
-        slots, rows = keys.shape[1], groups * length
+        rows = groups * length
         flat = query.reshape(heads, rows, width)
         if probe is not None:
             # One more query: the pass over the keys that attention makes anyway gives their products with it as well.
+            # It goes all the way through, because leaving it out of softmax would copy all the others.
             flat = torch.cat([flat, (probe / scaling).unsqueeze(1)], dim=1)
         logits = self.ops.product(flat, keys, transpose=True, scaling=scaling)
-        dots = None
-        if probe is not None:
-            logits, dots = logits[:, :rows], logits[:, rows]
-        masked = logits.reshape(heads, groups, length, slots) + self.mask
-        weights = masked.softmax(-1).reshape(heads, rows, slots)
+        weights = (logits + self._mask(groups, probe is not None)).softmax(-1)
         attention = None
         if self.observed is not None:
-            share = (self.observed / groups).repeat(heads, 1, groups)
-            attention = self.ops.product(share, weights).squeeze(1)
-        return Attended(self.ops.product(weights, values).reshape(heads, groups, length, width), dots, attention)
+            share = (self.observed / groups).repeat(groups)
+            if probe is not None:
+                share = torch.cat([share, torch.zeros(1)])
+            attention = self.ops.product(share.expand(heads, 1, -1), weights).squeeze(1)
+        output = self.ops.product(weights, values)[:, :rows].reshape(heads, groups, length, width)
+        return Attended(output, None if probe is None else logits[:, rows], attention)
 
-    def _view(self, slots: LayerSlots, key: Tensor, state: Tensor | None) -> SlotView:
-        """What the policy sees before attention; brings the moving sum up to date."""
+    def _mask(self, groups: int, probe: bool) -> Tensor:
+        """[R * T, S] addend that hides later tokens and empty slots from a query, the same for all layers; a row of
+
+        zeros behind it for the probe.
+        """
+        if self.mask is None:
+            hidden = torch.where(self.seeing, 0.0, HIDDEN).repeat(groups, 1)
+            self.mask = torch.cat([hidden, torch.zeros(1, hidden.shape[1])]) if probe else hidden
+        return self.mask
+
+    def _view(self, slots: LayerSlots, total: Tensor | None) -> SlotView:
+        """What the policy sees before attention."""
+        state = None if slots.state is None else self.ops.view(slots.state)
+        known = None if total is None else total.to(torch.float32)
         keys, positions = self.ops.view(slots.keys), self.ops.view(slots.positions)
-        numbers = None if slots.state is None else self.ops.view(slots.state)
-        total, wanted = None, self.policy.key_sum()
-        if wanted is not None:
-            moving = slots.total is not None
-            each = self.entering if moving else self.valid
-            if wanted.by_state:
-                factor = state if moving else numbers
-                assert factor is not None
-                each = each * factor
-            weights = each.expand(len(keys), -1).unsqueeze(1)
-            total = torch.bmm(weights, key if moving else keys).squeeze(1)
-            if slots.total is not None:
-                kept = (self.start > 0).to(torch.float32) * (1.0 - wanted.decay)
-                total = slots.total = self.ops.overwrite(slots.total, slots.total * kept + total)
-        return SlotView(keys, positions, self.valid, self.end - 1, numbers, total)
+        return SlotView(keys, positions, self.valid, self.end - 1, state, known)
 
-    def _write(
-        self, slots: LayerSlots, address: Any, keys: Tensor, values: Tensor, positions: Tensor, state: Tensor | None
-    ) -> None:
-        slots.keys = self.ops.write(slots.keys, address, keys)
-        slots.values = self.ops.write(slots.values, address, values)
-        slots.positions = self.ops.write(slots.positions, address, positions)
-        if slots.state is not None and state is not None:
-            slots.state = self.ops.write(slots.state, address, state)
+    def _sum(self, keys: Tensor, state: Tensor | None, weights: Tensor | None) -> Tensor:
+        """[H, d] float64: the sum that the policy asks for over keys [H, T, d], row i counting weights[i] times.
 
-    def _move(self, slots: LayerSlots, source: Any, target: Any) -> None:
+        A block is added up in float32, so that a matrix product can do it; only blocks are added in double precision.
+        """
+        wanted = self.policy.key_sum()
+        assert wanted is not None
+        if wanted.by_state:
+            assert state is not None
+            keys = keys * state.unsqueeze(-1)
+        if weights is None or keys.shape[1] == 1:
+            return keys.squeeze(1).double()
+        return self.ops.product(weights.expand(len(keys), 1, -1), keys).squeeze(1).double()
+
+    def _write(self, slots: LayerSlots, address: Any, rows: _Rows) -> None:
+        slots.keys = self.ops.write(slots.keys, address, rows.keys)
+        slots.values = self.ops.write(slots.values, address, rows.values)
+        slots.positions = self.ops.write(slots.positions, address, rows.positions)
+        if slots.state is not None and rows.state is not None:
+            slots.state = self.ops.write(slots.state, address, rows.state)
+
+    def _take(self, slots: LayerSlots, address: Any) -> _Rows:
         take = self.ops.take
-        state = None if slots.state is None else take(slots.state, source)
-        self._write(
-            slots, target, take(slots.keys, source), take(slots.values, source), take(slots.positions, source), state
+        state = None if slots.state is None else take(slots.state, address)
+        return _Rows(take(slots.keys, address), take(slots.values, address), take(slots.positions, address), state)
+
+    def _settled(self, slots: LayerSlots, entering: _Rows) -> tuple[Tensor, _Rows]:
+        """Slots [H, 1 + T] and rows to write: the new tokens, and before them the eviction that a decode step left
+
+        pending, that is the token in slot N to its victim's place. One write does both, because a runtime that writes
+        in place does so once a buffer. Where nothing is pending the first row is the first new token over again.
+        """
+        nothing = (self.filling | (slots.pending >= self.shape.budget)).unsqueeze(1)
+        place = torch.where(nothing.squeeze(1), self.held, slots.pending).unsqueeze(1)
+        last = self._take(slots, self.last_slot)
+
+        def both(moved: Tensor, new: Tensor) -> Tensor:
+            choice = nothing.unsqueeze(-1) if new.dim() == 3 else nothing
+            return torch.cat([torch.where(choice, new[:, :1], moved.reshape(new[:, :1].shape)), new], dim=1)
+
+        state = None
+        if last.state is not None and entering.state is not None:
+            state = both(last.state, entering.state)
+        rows = _Rows(
+            both(last.keys, entering.keys),
+            both(last.values, entering.values),
+            both(last.positions, entering.positions),
+            state,
         )
+        return torch.cat([place, self.appended], dim=1), rows
 
-    def _settle(self, slots: LayerSlots) -> None:
-        """Carries out a decode step's pending eviction: the token in slot N moves over its victim."""
-        target = torch.where(self.filling, self.held, slots.pending).unsqueeze(1)
-        self._move(slots, self.last_slot, self.ops.address(target))
-
-    def _evict(self, slots: LayerSlots, view: SlotView, output: Tensor) -> None:
+    def _evict(self, slots: LayerSlots, view: SlotView, total: Tensor | None, output: Tensor) -> None:
         state = self.policy.update_state(view)
         if state is not None and slots.state is not None:
             slots.state = self.ops.overwrite(slots.state, state)
             view = replace(view, state=state)
-        key = self._eviction_key(view)
+        leaving = self._leaving(view)
         if self.count is None:
-            slots.pending = self.ops.overwrite(slots.pending, key.argmax(-1))
+            victim = self.ops.last_of_largest(leaving, view.positions)
+            if total is not None:
+                self._leave_total(slots, total, victim.unsqueeze(1), None)
+            slots.pending = self.ops.overwrite(slots.pending, victim)
             return
-        source, target = self._plan_moves(key)
+        victims = leaving_order(leaving, view.positions).topk(self.shape.block, dim=-1).indices
+        source, target = self._plan_moves(victims)
         source = self.ops.after(source, output)
-        self._move(slots, self.ops.address(source), self.ops.address(target))
+        if total is not None:
+            source = self.ops.after(source, self._leave_total(slots, total, victims, self.excess.to(torch.float32)))
+        self._write(slots, self.ops.address(target), self._take(slots, self.ops.address(source)))
         # Slot N, always, but computed from the plan: as a constant, a runtime that binds one buffer as input and output
         # may write it before the old value was read.
         slots.pending = self.ops.overwrite(slots.pending, source[:, 0].clamp_max(self.shape.budget))
 
-    def _eviction_key(self, view: SlotView) -> Tensor:
-        """[H, S] float64, larger leaves first; empty slots, pinned tokens and the recent window never leave."""
-        key = eviction_key(self.policy.score(view), view.positions, self.tie_floor, self.tie_step)
-        may_leave = self.occupied
-        recent = self.policy.recent_tokens(self.shape.budget)
-        if recent:
-            may_leave = may_leave & (view.positions < self.end - recent)
-        if self.policy.pinned:
-            may_leave = may_leave & (view.positions >= self.policy.pinned)
-        return torch.where(may_leave, key, NEVER)
+    def _leave_total(self, slots: LayerSlots, total: Tensor, victims: Tensor, weights: Tensor | None) -> Tensor:
+        """Takes victims [H, T] out of the sum of keys, row i as far as weights[i] says, and returns the sum that stays.
 
-    def _plan_moves(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs the surviving tokens behind slot N with the victims before it: two [H, B] slot indices.
+        Without weights there is one victim, which leaves once the budget is full.
+        """
+        wanted = self.policy.key_sum()
+        assert wanted is not None
+        assert slots.total is not None
+        if not wanted.decay:
+            address = self.ops.address(victims)
+            keys = self.ops.take(slots.keys, address).reshape(*victims.shape, -1)
+            state = None
+            if wanted.by_state and slots.state is not None:
+                state = self.ops.take(slots.state, address).reshape(victims.shape)
+            leaving = self._sum(keys, state, weights)
+            total = total - (leaving * self.evicting if weights is None else leaving)
+        slots.total = self.ops.overwrite(slots.total, total)
+        return slots.total
+
+    def _leaving(self, view: SlotView) -> Tensor:
+        """[H, S] float32, larger leaves first; empty slots, pinned tokens and the recent window never leave."""
+        barrier = self.empty
+        recent = self.policy.recent_tokens(self.shape.budget)
+        if recent or self.policy.pinned:
+            # Arithmetic in place of comparisons, which a delegate lacks: 0 for what may leave, else NEVER. Positions
+            # are exact in float32 up to 2**24.
+            place = view.positions.to(torch.float32)
+            if recent:
+                oldest = (self.end - recent - 1).to(torch.float32)
+                barrier = barrier + (oldest - place).clamp(-1.0, 0.0) * -NEVER
+            if self.policy.pinned:
+                barrier = barrier + (place - self.policy.pinned).clamp(-1.0, 0.0) * -NEVER
+        return barrier - self.policy.score(view)
+
+    def _plan_moves(self, victims: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs the surviving tokens behind slot N with the victims before it: two [H, B] slot indices. Of the victims
+
+        [H, B], first to leave first, only the excess leaves.
 
         There are as many of the one as of the other. Both are listed in ascending slot order; the unused rest of a
         list moves into slot S - 1, which is empty after every eviction.
         """
         budget, block, nowhere = self.shape.budget, self.shape.block, self.shape.slots - 1
-        victims = torch.where(self.excess, key.topk(block, dim=-1).indices, nowhere)
-        leaving = self.unmarked.scatter(1, victims, self.marks)
+        leaving = self.unmarked.scatter(1, torch.where(self.excess, victims, nowhere), self.marks)
         staged = (1 - leaving[:, budget:]) * self.staged_weight
         source = staged.topk(block, dim=-1).indices + budget
         freed, slot = (leaving[:, :budget] * self.freed_weight).topk(block, dim=-1)
@@ -312,7 +394,6 @@ def new_layers(shape: CacheShape, policy: Policy, ops: SlotOps) -> list[LayerSlo
     """Empty state for every layer."""
     heads, slots = shape.kv_heads, shape.slots
     keeps_state = policy.slot_state(torch.zeros(heads, 1, shape.head_dim)) is not None
-    wanted = policy.key_sum()
     return [
         LayerSlots(
             keys=ops.allocate(heads, slots, shape.head_dim, torch.float32),
@@ -320,7 +401,7 @@ def new_layers(shape: CacheShape, policy: Policy, ops: SlotOps) -> list[LayerSlo
             positions=ops.allocate(heads, slots, 0, torch.int64),
             pending=torch.full((heads,), shape.budget, dtype=torch.int64),
             state=ops.allocate(heads, slots, 0, torch.float32) if keeps_state else None,
-            total=torch.zeros(heads, shape.head_dim) if wanted is not None and wanted.decay else None,
+            total=torch.zeros(heads, shape.head_dim, dtype=torch.float64) if policy.key_sum() is not None else None,
         )
         for _ in range(shape.layers)
     ]
@@ -350,5 +431,9 @@ class TorchOps:
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         return (left @ (right.mT if transpose else right)) * scaling
 
-    def after(self, index: Tensor, output: Tensor) -> Tensor:
+    def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
+        largest = numbers == numbers.amax(-1, keepdim=True)
+        return torch.where(largest, positions, -1).argmax(-1)
+
+    def after(self, index: Tensor, *results: Tensor) -> Tensor:
         return index

@@ -9,12 +9,14 @@ import torch
 from conftest import random_tokens
 
 from keydiff_export.graph import StaticGraph
+from keydiff_export.lowering.executorch_ops import ExecuTorchOps
+from keydiff_export.lowering.onnx_ops import OnnxOps
 from keydiff_export.models import LoadedModel
 from keydiff_export.policies import make_policy
 from keydiff_export.policies.keydiff import ANCHORS, METRICS
 from keydiff_export.reference import Reference
 from keydiff_export.runtime.base import Logits, Runner, Snapshot, make_snapshot, padded
-from keydiff_export.slots import LayerSlots, TorchOps, eviction_key, new_layers
+from keydiff_export.slots import LayerSlots, TorchOps, leaving_order, new_layers
 
 
 class GraphRunner(Runner):
@@ -136,22 +138,23 @@ def test_the_full_policy_never_evicts(tiny: LoadedModel) -> None:
     compare(runner, reference, random_tokens(40, tiny.model.config.vocab_size), [8, 8, 5, *[1] * 9])
 
 
-def key_of(scores: list[float], positions: list[int]) -> torch.Tensor:
-    floor, step = torch.tensor(1e-60, dtype=torch.float64), torch.tensor(2.0**-51, dtype=torch.float64)
-    return eviction_key(torch.tensor([scores]), torch.tensor([positions]), floor, step)[0]
+def key_of(leaving: list[float], positions: list[int]) -> torch.Tensor:
+    return leaving_order(torch.tensor([leaving]), torch.tensor([positions]))[0]
 
 
 @pytest.mark.parametrize("score", [0.0, -0.0, 0.7, -0.7, 1e-30, -1e-30, 1.5e7])
 def test_of_equal_scores_the_newer_leaves_first(score: float) -> None:
-    key = key_of([score] * 4, [7, 2_000_000, 3, 2_000_001])
-    assert key.argsort(descending=True).tolist() == [3, 1, 0, 2]
+    positions = [7, 2_000_000, 3, 2_000_001]
+    assert key_of([score] * 4, positions).argsort(descending=True).tolist() == [3, 1, 0, 2]
+    for ops in (TorchOps(), OnnxOps(), ExecuTorchOps()):
+        assert ops.last_of_largest(torch.full((1, 4), score), torch.tensor([positions])).tolist() == [3]
 
 
 def test_the_tie_break_never_reorders_different_scores() -> None:
     for score in (0.5, -0.5, 1e-20, -3e-12):
         above = torch.nextafter(torch.tensor(score), torch.tensor(1.0)).item()
-        key = key_of([above, score], [60_000_000, 0])
-        assert key[1] > key[0], "the lower score leaves first, however old"
+        key = key_of([above, score], [0, 60_000_000])
+        assert key[0] > key[1], "the lower score leaves first, however old"
 
 
 def test_a_step_takes_one_to_block_tokens(tiny: LoadedModel) -> None:

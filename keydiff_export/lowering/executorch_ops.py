@@ -10,6 +10,8 @@ import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers torch.ops.llama)
 from torch import Tensor
 
+from ..slots import leaving_order
+
 
 class Address:
     """Slots by index [H, T] for the custom operator, and flattened over heads for index_select."""
@@ -57,8 +59,13 @@ class ExecuTorchOps:
         scaled = left if scaling == 1.0 else left * scaling
         return torch.bmm(scaled, right.transpose(1, 2) if transpose else right)
 
-    def after(self, index: Tensor, output: Tensor) -> Tensor:
+    def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
+        # One pass over doubles: comparing and selecting cost several times as much in the portable kernels.
+        return leaving_order(numbers, positions).argmax(-1)
+
+    def after(self, index: Tensor, *results: Tensor) -> Tensor:
         # In-place writes are ordered by nothing but data: without this, a policy that does not look at the keys could
         # have its moves scheduled before the attention that still reads the old rows. No number exceeds infinity.
-        never = output[0, 0, 0, :1] > float("inf")
-        return index + never.to(torch.int64)
+        for result in results:
+            index = index + (result.reshape(-1)[:1] > float("inf")).to(torch.int64)
+        return index

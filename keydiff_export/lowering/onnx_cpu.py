@@ -25,6 +25,9 @@ from .onnx_ops import OnnxOps
 DATA_FILE = "weights.data"
 OPSET = 21
 NEXT = "_next"
+# What the first of a step's two writes to a cache leaves. It is an output, too, so that a runtime can bind it to the
+# cache's own buffer and both writes happen in place; who does not bind it gets the same numbers by way of copies.
+APPENDED = "_appended"
 # Large tensors start on a page, so that a runtime can map them instead of reading them.
 _PAGE = 4096
 _INLINE_BYTES = 1024
@@ -68,9 +71,25 @@ class _Step(nn.Module):
 
     def forward(self, arguments: tuple[Tensor, ...], states: list[Tensor]) -> tuple[Tensor, ...]:
         each = iter(states)
-        layers = [LayerSlots(**{name: next(each) for name in self.names}) for _ in range(self.graph.shape.layers)]
+        layers = [_Recorded(**{name: next(each) for name in self.names}) for _ in range(self.graph.shape.layers)]
         logits = getattr(self.graph, self.method)(*arguments, layers)
-        return (logits, *(tensor for layer in layers for tensor in layer.tensors().values()))
+        final = [tensor for layer in layers for tensor in layer.tensors().values()]
+        appended = {f"{name}_{i}": t for i, layer in enumerate(layers) for name, t in layer.appended().items()}
+        self.appended = tuple(appended)
+        return (logits, *final, *appended.values())
+
+
+class _Recorded(LayerSlots):
+    """A layer's state that remembers what its tensors were between the step's start and its end."""
+
+    def __setattr__(self, name: str, value: Tensor | None) -> None:
+        self.__dict__.setdefault("_values", {}).setdefault(name, []).append(value)
+        super().__setattr__(name, value)
+
+    def appended(self) -> dict[str, Tensor]:
+        """By name, the tensors that were written twice, after the first time."""
+        values = {name: self.__dict__["_values"][name] for name in ("keys", "values", "positions", "state")}
+        return {name: seen[1] for name, seen in values.items() if len(seen) == 3}
 
 
 def _export(graph: StaticGraph, method: str, arguments: tuple[Tensor, ...]) -> ir.Model:
@@ -90,6 +109,8 @@ def _export(graph: StaticGraph, method: str, arguments: tuple[Tensor, ...]) -> i
             verbose=False,
         )
     assert program is not None
+    for name, value in zip(step.appended, program.model.graph.outputs[1 + len(state_names) :], strict=True):
+        value.name = name + APPENDED
     return program.model
 
 
@@ -122,10 +143,7 @@ def write_models(models: dict[str, ir.Model], folder: Path) -> None:
 
 
 def _io(values: Any) -> list[dict[str, Any]]:
-    return [
-        {"name": v.name, "dtype": v.dtype.name.lower().replace("float", "float32"), "shape": [int(d) for d in v.shape]}
-        for v in values
-    ]
+    return [{"name": v.name, "dtype": str(v.dtype.numpy()), "shape": [int(d) for d in v.shape]} for v in values]
 
 
 @contextlib.contextmanager

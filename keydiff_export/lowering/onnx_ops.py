@@ -44,5 +44,12 @@ class OnnxOps:
         shape = [*left.shape[:2], right.shape[1 if transpose else 2]]
         return _onnx("com.microsoft::FusedMatMul", [left, right], shape, left, transB=int(transpose), alpha=scaling)
 
-    def after(self, index: Tensor, output: Tensor) -> Tensor:
+    def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
+        largest = numbers == numbers.amax(-1, keepdim=True)
+        return torch.where(largest, positions, -1).argmax(-1)
+
+    def after(self, index: Tensor, *results: Tensor) -> Tensor:
+        # Both writes of a prefill step go to one buffer, so the second waits for what reads the first's result.
+        for result in results:
+            index = index + (result.reshape(-1)[:1] > float("inf")).to(torch.int64)
         return index

@@ -83,7 +83,7 @@ class KeyDiff(Policy):
         assert view.state is not None
         if self.metric == "cosine":
             return -(view.dots * view.state)
-        return (view.state * view.state).reciprocal() - 2 * view.dots
+        return (view.state * view.state).clamp_min(_SHORTEST).reciprocal() - 2 * view.dots
 
 
 def _median(view: SlotView) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import UserError
 from .base import Logits, Runner, Snapshot, make_snapshot, padded
 
-NEXT = "_next"
+NEXT, APPENDED = "_next", "_appended"
 
 
 class OnnxRuntimeRunner(Runner):
@@ -52,7 +52,7 @@ class OnnxRuntimeRunner(Runner):
     def _bind(self, ort: Any, method: str, session: Any) -> None:
         binding = session.io_binding()
         fed: dict[str, Any] = {}
-        dtypes = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+        dtypes = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(double)": np.float64}
         for item in session.get_inputs():
             is_state = item.name + NEXT in {output.name for output in session.get_outputs()}
             if is_state and item.name in self._state:
@@ -66,7 +66,8 @@ class OnnxRuntimeRunner(Runner):
                 self._logits[method] = ort.OrtValue.ortvalue_from_numpy(np.zeros(item.shape, np.float32))
                 binding.bind_ortvalue_output(item.name, self._logits[method])
             else:
-                binding.bind_ortvalue_output(item.name, self._state[item.name.removesuffix(NEXT)])
+                name = item.name.removesuffix(NEXT).removesuffix(APPENDED)
+                binding.bind_ortvalue_output(item.name, self._state[name])
         self._inputs[method] = fed
         self._bindings[method] = (session, binding)
 
