@@ -89,6 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(verb=_inspect)
 
+    bench = verbs.add_parser("bench", help="what policies cost a layer, step by step beside one without eviction")
+    bench.add_argument("--policies", default="all", help="all, or NAME[:KEY=VALUE,...] separated by spaces or ;")
+    bench.add_argument("--target", default="executorch-xnnpack,onnx-cpu")
+    bench.add_argument("--slots", default="512,1024,2048,4096,8192", help="N + B, comma-separated")
+    bench.add_argument("--block", type=int, default=128, metavar="B")
+    bench.add_argument("--json", action="store_true")
+    bench.set_defaults(verb=_bench)
+
     for name, text in (
         ("models", "supported architectures"),
         ("policies", "eviction policies"),
@@ -278,6 +286,24 @@ def inspection_table(report: dict[str, Any]) -> str:
             kernels = ", ".join(f"{n} {count}" for n, count in method["kernels_outside_delegates"].items())
             lines.append(f"    kernels outside delegates: {kernels}")
     return "\n".join(lines)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .commands.bench import bench_all, bench_table
+
+    try:
+        slots = [int(size) for size in options.slots.split(",")]
+    except ValueError as error:
+        raise UserError(f"slots must be whole numbers separated by commas, got {options.slots!r}") from error
+    report = bench_all(
+        options.policies.replace(";", " ").split(),
+        [name.strip() for name in options.target.split(",")],
+        slots,
+        options.block,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(report, indent=2) if options.json else bench_table(report))
+    return 0
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ def inspect_folder(folder: OutputFolder) -> dict[str, Any]:
     shape = folder.shape
     artifacts = []
     for artifact in folder.artifacts:
-        read: Callable[[Path], dict[str, Any]] = _inspect_pte if artifact["runtime"] == "executorch" else _inspect_onnx
-        methods = read(folder.path / artifact["target"])
+        methods = inspect_program(folder.path / artifact["target"], artifact["runtime"])
         slots = sorted({s for m in methods.values() for s in m["slots"]})
         dynamic = sum(m["dynamic_tensors"] for m in methods.values())
         artifacts.append(
@@ -47,6 +45,15 @@ def inspect_folder(folder: OutputFolder) -> dict[str, Any]:
         "cache": folder.manifest["cache"],
         "artifacts": artifacts,
     }
+
+
+def inspect_program(place: Path, runtime: str) -> dict[str, Any]:
+    """Per method of the program in a folder: inputs, operators, delegates, state, planned memory.
+
+    Raises:
+        UserError: not a readable program.
+    """
+    return _inspect_pte(place) if runtime == "executorch" else _inspect_onnx(place)
 
 
 def _inspect_pte(place: Path) -> dict[str, Any]:

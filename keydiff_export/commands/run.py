@@ -12,21 +12,17 @@ from ..errors import UserError
 from ..generate import Result, Sampling, check_context, encode_prompt, generate
 from ..manifest import OutputFolder
 from ..models import load_model
+from ..runtime import open_artifact
 from ..runtime.base import Runner
 from ..runtime.eager import EagerRunner
-from ..runtime.executorch import ExecuTorchRunner
-from ..runtime.onnxruntime import OnnxRuntimeRunner
 
 RUNTIMES = ("executorch", "onnxruntime", "eager")
 
 
 def open_runner(folder: OutputFolder, artifact: dict[str, Any], threads: int | None = None) -> Runner:
     """A runner for one artifact of a folder."""
-    place = folder.path / artifact["target"]
     shape = folder.shape
-    if artifact["runtime"] == "executorch":
-        return ExecuTorchRunner(place / "model.pte", shape.budget, shape.block, threads)
-    return OnnxRuntimeRunner(place, shape.budget, shape.block, threads)
+    return open_artifact(folder.path / artifact["target"], artifact["runtime"], shape.budget, shape.block, threads)
 
 
 def open_runtime(folder: OutputFolder, runtime: str | None, threads: int | None = None) -> Runner:
