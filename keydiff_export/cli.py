@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(verb=_inspect)
 
     bench = verbs.add_parser("bench", help="what policies cost a layer, step by step beside one without eviction")
-    bench.add_argument("--policies", default="all", help="all, or NAME[:KEY=VALUE,...] separated by spaces or ;")
+    bench.add_argument("--policies", default="all", help="all, or NAME[:KEY=VALUE,...] separated by spaces")
     bench.add_argument("--target", default="executorch-xnnpack,onnx-cpu")
     bench.add_argument("--slots", default="512,1024,2048,4096,8192", help="N + B, comma-separated")
     bench.add_argument("--block", type=int, default=128, metavar="B")
@@ -296,7 +296,7 @@ def _bench(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"slots must be whole numbers separated by commas, got {options.slots!r}") from error
     report = bench_all(
-        options.policies.replace(";", " ").split(),
+        options.policies.split(),
         [name.strip() for name in options.target.split(",")],
         slots,
         options.block,

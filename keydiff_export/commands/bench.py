@@ -38,6 +38,10 @@ def bench_all(
     for text in policy_names() if policies == ["all"] else policies:
         parameters = parse_policy(text)
         chosen[text] = make_policy(parameters.pop("name"), **parameters)
+        try:
+            chosen[text].check_budget(min(slots) - block)
+        except ValueError as error:
+            raise UserError(f"policy {text}: {error}") from error
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for target in targets:
