@@ -24,7 +24,7 @@ def signature(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _later_layer(name: str) -> bool:
-    last = name.removesuffix("_next").rsplit("_", 1)[-1]
+    last = name.removesuffix("_next").removesuffix("_appended").rsplit("_", 1)[-1]
     return last.isdigit() and int(last) > 0
 
 
