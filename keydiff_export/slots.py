@@ -221,7 +221,10 @@ class SlotCache:
         else:
             place, entering = self._settled(slots, entering)
         self._write(slots, self.ops.address(place), entering)
-        total = None if slots.total is None else slots.total * self.kept + self._sum(key, state, self.entering)
+        total = None
+        if slots.total is not None:
+            entered = self._sum(key, state, None if self.count is None else self.entering)
+            total = slots.total * self.kept + entered
         view = self._view(slots, total)
         probe = self.policy.probe(view) if self.policy.evicts else None
         grouped = query.reshape(heads, -1, length, width)
@@ -268,16 +271,17 @@ class SlotCache:
         return SlotView(keys, positions, self.valid, self.end - 1, state, known)
 
     def _sum(self, keys: Tensor, state: Tensor | None, weights: Tensor | None) -> Tensor:
-        """[H, d] float64: the sum that the policy asks for over keys [H, T, d], row i counting weights[i] times.
+        """[H, d] float64: the sum that the policy asks for over keys [H, T, d], row i counting weights[i] times; of one
 
-        A block is added up in float32, so that a matrix product can do it; only blocks are added in double precision.
+        key without weights. A block is added up in float32, so that a matrix product can do it; only blocks are added
+        in double precision.
         """
         wanted = self.policy.key_sum()
         assert wanted is not None
         if wanted.by_state:
             assert state is not None
             keys = keys * state.unsqueeze(-1)
-        if weights is None or keys.shape[1] == 1:
+        if weights is None:
             return keys.squeeze(1).double()
         return self.ops.product(weights.expand(len(keys), 1, -1), keys).squeeze(1).double()
 
