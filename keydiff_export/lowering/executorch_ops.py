@@ -1,7 +1,7 @@
-"""The slot operations in ExecuTorch's stock operators: `llama::custom_sdpa` and `llama::update_cache_with_indices`.
+"""The slot operations in ExecuTorch's stock operators; rows are written by `llama::update_cache_with_indices`.
 
-Both come with every ExecuTorch LLM build, the Android package included. A KV head is a batch entry, so one call writes
-different rows a head, and a block behind the held slots needs no mask (`start_pos` + causal).
+It comes with every ExecuTorch LLM build, the Android package included. A KV head is a batch entry, so one call writes
+different rows a head.
 """
 
 from __future__ import annotations
