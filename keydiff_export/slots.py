@@ -22,7 +22,6 @@ from torch import Tensor
 
 from .policies import Policy, SlotView
 
-HIDDEN = -float("inf")
 # Below every score; finite, because infinity times zero is no number, and far enough from the end of float32 that a
 # score can be added.
 NEVER = -1e38
@@ -173,7 +172,7 @@ class SlotCache:
         occupied = slot <= budget if count is None else slot < self.held + count
         self.valid = occupied.to(torch.float32)
         self.empty = torch.where(occupied, 0.0, NEVER)
-        self.seeing = slot <= (self.held + row).unsqueeze(1)
+        self.slot, self.sight = slot.to(torch.float32), (self.held + row).to(torch.float32)
         self.mask: Tensor | None = None
         self.end = start + (1 if count is None else count)
         self.entering = torch.ones(length) if count is None else (row < count).to(torch.float32)
@@ -259,8 +258,11 @@ class SlotCache:
         zeros behind it for the probe.
         """
         if self.mask is None:
-            hidden = torch.where(self.seeing, 0.0, HIDDEN).repeat(groups, 1)
-            self.mask = torch.cat([hidden, torch.zeros(1, hidden.shape[1])]) if probe else hidden
+            sight = self.sight.repeat(groups)
+            if probe:
+                sight = torch.cat([sight, self.slot[-1:]])
+            # Arithmetic in place of a comparison, which a delegate lacks: 0 for a slot in sight, else NEVER.
+            self.mask = (sight.unsqueeze(1) - self.slot).clamp(-1.0, 0.0) * -NEVER
         return self.mask
 
     def _view(self, slots: LayerSlots, total: Tensor | None) -> SlotView:
