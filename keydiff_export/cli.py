@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--pinned", type=int, metavar="K", help="the first K positions never leave")
     export.add_argument("--system-prompt", metavar="TEXT", help="opens every chat; its tokens never leave")
     export.add_argument("--quant", help="none, 8da4w, int8 or int4")
+    export.add_argument("--cache-dtype", help="float32, float16 or int8: what keys and values are stored as")
+    export.add_argument("--evict-every", type=int, metavar="K", help="generated tokens leave K at a time (default 1)")
     export.add_argument("--target", help="comma-separated, see `keydiff-export targets`")
     export.add_argument("-o", "--output", type=Path, help=f"output folder (default {EXPORT_DEFAULT}/NAME)")
     export.add_argument("--no-validate", action="store_true", help="skip the parity run at the end")
@@ -123,7 +125,7 @@ def _export(options: argparse.Namespace) -> int:
 
     given: dict[str, Any] = {
         key: getattr(options, key)
-        for key in ("model", "budget", "block", "quant", "system_prompt")
+        for key in ("model", "budget", "block", "quant", "cache_dtype", "evict_every", "system_prompt")
         if getattr(options, key) is not None
     }
     if options.target is not None:

@@ -1,4 +1,7 @@
-"""The static graphs around a Hugging Face model: `prefill` (B tokens, the last block padded) and `decode` (one)."""
+"""The static graphs around a Hugging Face model: `prefill` (B tokens, the last block padded) and `decode` (one).
+
+Where generated tokens leave k at a time, `append` and `decode_evicting` take the place of `decode`.
+"""
 
 from __future__ import annotations
 
@@ -32,3 +35,26 @@ class StaticGraph:
         """Reads one token [1, 1] at position `start` [1] (int64); updates `layers`; logits [1, V]."""
         cache = SlotCache(self.shape, self.policy, self.ops, layers, 1, start, None)
         return forward_logits(self.model, cache, tokens, start, torch.zeros_like(start))
+
+    def append(self, tokens: Tensor, start: Tensor, staged: Tensor, layers: list[LayerSlots]) -> Tensor:
+        """Reads one token behind `staged` [1] others that no eviction has seen yet, and evicts nothing."""
+        return self._lazy(tokens, start, staged, layers, evicts=False)
+
+    def decode_evicting(self, tokens: Tensor, start: Tensor, staged: Tensor, layers: list[LayerSlots]) -> Tensor:
+        """Reads one token behind `staged` [1] others and evicts down to N: `evict_every` tokens at once."""
+        return self._lazy(tokens, start, staged, layers, evicts=True)
+
+    def _lazy(self, tokens: Tensor, start: Tensor, staged: Tensor, layers: list[LayerSlots], evicts: bool) -> Tensor:
+        one = torch.ones_like(start)
+        cache = SlotCache(self.shape, self.policy, self.ops, layers, 1, start, one, staged, evicts)
+        return forward_logits(self.model, cache, tokens, start, one - 1)
+
+    def methods(self) -> dict[str, dict[str, Tensor]]:
+        """Example inputs by name of every method that a lowering makes."""
+        block, one = torch.zeros(1, self.shape.block, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        single = {"tokens": block[:, :1], "start": one}
+        methods = {"prefill": {"tokens": block, "start": one, "count": one + 1}}
+        if self.shape.evict_every == 1:
+            return {**methods, "decode": single}
+        lazy = {**single, "staged": one}
+        return {**methods, "append": lazy, "decode_evicting": lazy}

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -62,7 +62,7 @@ class OutputFolder:
     def shape(self) -> CacheShape:
         """Static sizes of the cache."""
         cache = self.manifest["cache"]
-        return CacheShape(cache["layers"], cache["kv_heads"], cache["head_dim"], cache["budget"], cache["block"])
+        return CacheShape(**{field.name: cache[field.name] for field in fields(CacheShape)})
 
     @property
     def policy(self) -> Policy:

@@ -41,17 +41,17 @@ class LoadedModel:
     weights_sha256: str
     context_limit: int
 
-    def cache_shape(self, budget: int, block: int) -> CacheShape:
+    def cache_shape(self, budget: int, block: int, dtype: str = "float32", evict_every: int = 1) -> CacheShape:
         """Static sizes of this model's cache for a budget N and block B."""
-        return cache_shape(self.model.config, budget, block)
+        return cache_shape(self.model.config, budget, block, dtype, evict_every)
 
 
-def cache_shape(config: Any, budget: int, block: int) -> CacheShape:
+def cache_shape(config: Any, budget: int, block: int, dtype: str = "float32", evict_every: int = 1) -> CacheShape:
     """Static sizes of a cache for a model config, a budget N and a block B."""
     names = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
     heads = getattr(config, "num_key_value_heads", None) or names.num_attention_heads
     width = getattr(config, "head_dim", None) or names.hidden_size // names.num_attention_heads
-    return CacheShape(names.num_layers, heads, width, budget, block)
+    return CacheShape(names.num_layers, heads, width, budget, block, dtype, evict_every)
 
 
 def load_model(source: str) -> LoadedModel:

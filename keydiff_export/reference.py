@@ -47,12 +47,16 @@ class Reference:
         policy: which tokens stay.
         budget: N, tokens held a layer and KV head after each step.
         block: B, tokens read a prefill step.
+        cache_dtype: what keys and values are rounded to before anything reads them: float32, float16 or int8.
+        evict_every: k, tokens read one by one that may pile up past N before the cache is brought back to N.
     """
 
     model: torch.nn.Module
     policy: Policy
     budget: int
     block: int
+    cache_dtype: str = "float32"
+    evict_every: int = 1
     layers: dict[int, HeldTokens] = field(default_factory=dict)
     seen: int = 0
 
@@ -61,7 +65,13 @@ class Reference:
         self.layers, self.seen = {}, 0
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Reads 1 <= T <= B tokens and returns the logits [V] after the last of them."""
+        """Reads 1 <= T <= B tokens and returns the logits [V] after the last of them.
+
+        A block begins with an empty pile: until then its tokens are read one by one.
+        """
+        while len(tokens) > 1 and self.layers and self.layers[0].positions.shape[1] > self.budget:
+            self.step(tokens[:1])
+            tokens = tokens[1:]
         ids = torch.tensor([tokens])
         start, last = torch.tensor([self.seen]), torch.tensor([len(tokens) - 1])
         with torch.no_grad():
@@ -75,6 +85,7 @@ class Reference:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention over retained and new tokens, then eviction; shapes as in `attention.AttentionCache`."""
+        key, value = self._rounded(key), self._rounded(value)
         heads, length, width = key.shape
         positions = torch.arange(self.seen, self.seen + length).expand(heads, length)
         state = self.policy.slot_state(key)
@@ -97,9 +108,19 @@ class Reference:
         held.total = self._sum_of_keys(held, None if old is None else old.total, length)
         view = self._view(held, weights)
         held.state = view.state
-        if self.policy.evicts and held.positions.shape[1] > self.budget:
+        past = held.positions.shape[1] - self.budget
+        if self.policy.evicts and past >= (self.evict_every if length == 1 else 1):
             self.layers[layer] = self._evict(held, view)
         return output.reshape(-1, length, width)
+
+    def _rounded(self, rows: Tensor) -> Tensor:
+        """Rows [H, T, d] as a cache of this dtype gives them back; int8 has 127 steps to a row's largest number."""
+        if self.cache_dtype == "float16":
+            return rows.half().float()
+        if self.cache_dtype == "int8":
+            step = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) * (1 / 127)
+            return (rows * step.reciprocal()).round() * step
+        return rows
 
     def _sum_of_keys(self, held: HeldTokens, before: Tensor | None, entering: int) -> Tensor | None:
         """The policy's sum over the held tokens, or its moving sum over the tokens read."""

@@ -15,7 +15,7 @@ the first new token, so a cache is reset by starting again at position 0.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,22 +25,38 @@ from .policies import Policy, SlotView
 # Below every score; finite, because infinity times zero is no number, and far enough from the end of float32 that a
 # score can be added.
 NEVER = -1e38
+CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+_INT8_LEVELS = 127
+# Of a row of zeros the scale would be 0 and its inverse infinite.
+_LEAST_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Static sizes of a cache: `layers`, `kv_heads`, `head_dim`, `budget` (N) and `block` (B)."""
+    """Static sizes of a cache: `layers`, `kv_heads`, `head_dim`, `budget` (N) and `block` (B).
+
+    `dtype` is what keys and values are stored as, a name of CACHE_DTYPES; int8 rows have a float32 scale each.
+    `evict_every` is k, the generated tokens that the spare slots take before k tokens leave at once, at most B.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     budget: int
     block: int
+    dtype: str = "float32"
+    evict_every: int = 1
 
     @property
     def slots(self) -> int:
         """N + B."""
         return self.budget + self.block
+
+    @property
+    def bytes(self) -> int:
+        """Keys and values of all layers, with their scales."""
+        row = self.head_dim * CACHE_DTYPES[self.dtype].itemsize + (4 if self.dtype == "int8" else 0)
+        return 2 * self.layers * self.kv_heads * self.slots * row
 
 
 @dataclass
@@ -48,12 +64,13 @@ class LayerSlots:
     """State of one layer. `ops.view` gives the shapes below; how they are stored is the backend's business.
 
     Attributes:
-        keys, values: [H, S, d] float32.
+        keys, values: [H, S, d] in the cache's dtype.
         positions: [H, S] int64.
         pending: [H] int64, the slot that the next single-token write goes to once the cache is full.
         state: [H, S] float32, or None when the policy keeps nothing a slot.
         total: [H, d] float64, the policy's sum of keys, or None when it asks for none. Carried from step to step: plus
             what enters, minus what leaves, and in double precision no drift to speak of.
+        scales: [H, S, 2] float32, what a key's and a value's integers are multiplied with; None unless they are int8.
     """
 
     keys: Tensor
@@ -62,11 +79,16 @@ class LayerSlots:
     pending: Tensor
     state: Tensor | None = None
     total: Tensor | None = None
+    scales: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, in graph I/O order."""
         named = {field.name: getattr(self, field.name) for field in fields(LayerSlots)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+# The state's tensors that hold something a slot, and move with it.
+SLOTTED = ("keys", "values", "positions", "state", "scales")
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,12 @@ class SlotOps(Protocol):
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         """Replaces a whole small tensor and returns it, perhaps the same one."""
 
+    def pack(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """Float32 numbers in the cache's dtype; int8 rounds to the nearest, of two to the even one."""
+
+    def numbers(self, packed: Tensor) -> Tensor:
+        """Packed numbers in float32."""
+
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         """Batched matrix product of left [H, a, b] with right [H, b, c], or with right [H, c, b] transposed, scaled."""
 
@@ -127,15 +155,6 @@ def leaving_order(leaving: Tensor, positions: Tensor) -> Tensor:
     return exact + (exact.abs() + least) * (positions * weight)
 
 
-class _Rows(NamedTuple):
-    """Rows of T tokens for every tensor of a layer: keys and values [H, T, d], positions and state [H, T]."""
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    state: Tensor | None
-
-
 class SlotCache:
     """One step of a slot cache over all layers; the attention hook calls `attend` once a layer.
 
@@ -148,7 +167,9 @@ class SlotCache:
         layers: state before the step; replaced layer by layer by the state after it.
         length: T, new tokens including padding; B for prefill, 1 for decode.
         start: int64 tensor [1], true position of the first new token.
-        count: int64 tensor [1], valid new tokens (prefill), or None for a decode step of one token.
+        count: int64 tensor [1], valid new tokens, or None for a decode step that evicts on the next write.
+        staged: int64 tensor [1], tokens read since the last eviction and past N; None for none.
+        evicts: False for a step that only appends.
     """
 
     def __init__(
@@ -160,11 +181,13 @@ class SlotCache:
         length: int,
         start: Tensor,
         count: Tensor | None,
+        staged: Tensor | None = None,
+        evicts: bool = True,
     ) -> None:
         heads, budget, slots = shape.kv_heads, shape.budget, shape.slots
         self.shape, self.policy, self.ops, self.layers = shape, policy, ops, layers
-        self.start, self.count = start, count
-        self.held = start.clamp_max(budget)
+        self.start, self.count, self.evicts = start, count, evicts and policy.evicts
+        self.held = start.clamp_max(budget) if staged is None else (start - staged).clamp_max(budget) + staged
         self.filling = start <= budget
         slot, row = torch.arange(slots), torch.arange(length)
         self.positions = (start + row).expand(heads, length)
@@ -185,12 +208,15 @@ class SlotCache:
         else:
             self.appended = (self.held + row).expand(heads, length)
             self.last_slot = ops.address(torch.full((heads, 1), budget))
-            self.excess = row < (self.held + count - budget).clamp_min(0)
+            # At most so many leave at once: a block, or the generated tokens that were let pile up.
+            self.most = length if staged is None else shape.evict_every
+            leave = torch.arange(self.most)
+            self.excess = leave < (self.held + count - budget).clamp_min(0)
             # Sort weights that list slots in ascending order: positive, and falling with the slot.
-            self.staged_weight = (budget + row < self.held + count) * (length - row)
+            self.staged_weight = (budget + leave < self.held + count) * (self.most - leave)
             self.freed_weight = budget - slot[:budget]
             self.unmarked = torch.zeros(heads, slots, dtype=torch.int64)
-            self.marks = torch.ones(heads, length, dtype=torch.int64)
+            self.marks = torch.ones(heads, self.most, dtype=torch.int64)
 
     def _observed(self, queries: int, row: Tensor) -> Tensor | None:
         """[T] float32, 1 for the last `queries` queries that are not padding, else 0; None when none are wanted."""
@@ -213,26 +239,54 @@ class SlotCache:
         """
         heads, length, width = key.shape
         slots = self.layers[layer]
+        rows = self._packed(key, value)
+        # What a policy sees of a token is what the cache keeps of it.
+        key = self._unpacked(rows["keys"], rows.get("scales"))
         state = self.policy.slot_state(key)
-        entering = _Rows(key, value, self.positions, state)
+        rows["positions"] = self.positions
+        if state is not None:
+            rows["state"] = state
         if self.count is None:
             place = torch.where(self.filling, self.start, slots.pending).unsqueeze(1)
+        elif self.shape.evict_every > 1:
+            place = self.appended
         else:
-            place, entering = self._settled(slots, entering)
-        self._write(slots, self.ops.address(place), entering)
+            place, rows = self._settled(slots, rows)
+        self._write(slots, self.ops.address(place), rows)
         total = None
         if slots.total is not None:
             entered = self._sum(key, state, None if self.count is None else self.entering)
             total = slots.total * self.kept + entered
         view = self._view(slots, total)
-        probe = self.policy.probe(view) if self.policy.evicts else None
-        grouped = query.reshape(heads, -1, length, width)
-        found = self._attend(grouped, view.keys, self.ops.view(slots.values), scaling, probe)
+        probe = self.policy.probe(view) if self.evicts else None
+        found = self._attend(query.reshape(heads, -1, length, width), slots, scaling, probe)
+        view = replace(view, dots=found.dots, attention=found.attention)
         if self.policy.evicts:
-            self._evict(slots, replace(view, dots=found.dots, attention=found.attention), total, found.output)
+            view = self._bring_up_to_date(slots, view)
+        if self.evicts:
+            self._evict(slots, view, total, found.output)
+        elif total is not None:
+            slots.total = self.ops.overwrite(slots.total, total)
         return found.output.reshape(-1, length, width)
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, probe: Tensor | None) -> Attended:
+    def _packed(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """Keys and values [H, T, d] as the cache stores them; int8 with a scale a row, whose largest becomes 127."""
+        dtype = CACHE_DTYPES[self.shape.dtype]
+        if dtype is not torch.int8:
+            return {"keys": self.ops.pack(key, dtype), "values": self.ops.pack(value, dtype)}
+        packed, scales = [], []
+        for row in (key, value):
+            scale = row.abs().amax(-1, keepdim=True).clamp_min(_LEAST_SCALE) * (1 / _INT8_LEVELS)
+            packed.append(self.ops.pack(row * scale.reciprocal(), dtype))
+            scales.append(scale)
+        return {"keys": packed[0], "values": packed[1], "scales": torch.cat(scales, -1)}
+
+    def _unpacked(self, keys: Tensor, scales: Tensor | None) -> Tensor:
+        """Keys [H, T, d] float32 of stored rows."""
+        numbers = self.ops.numbers(keys)
+        return numbers if scales is None else numbers * scales[..., :1]
+
+    def _attend(self, query: Tensor, slots: LayerSlots, scaling: float, probe: Tensor | None) -> Attended:
         """Attention of query [H, R, T, d], token i over slots 0 .. held + i."""
         heads, groups, length, width = query.shape
         rows = groups * length
@@ -241,7 +295,17 @@ class SlotCache:
             # One more query: the pass over the keys that attention makes anyway gives their products with it as well.
             # It goes all the way through, because leaving it out of softmax would copy all the others.
             flat = torch.cat([flat, (probe / scaling).unsqueeze(1)], dim=1)
+        keys, values = (self.ops.numbers(self.ops.view(packed)) for packed in (slots.keys, slots.values))
+        key_scale = value_scale = None
+        if slots.scales is not None:
+            key_scale, value_scale = self.ops.view(slots.scales).split(1, dim=-1)
+            if length > 1:
+                # A block has more queries than a row has numbers, so here it is the cheaper side to scale.
+                keys, values = keys * key_scale, values * value_scale
+                key_scale = value_scale = None
         logits = self.ops.product(flat, keys, transpose=True, scaling=scaling)
+        if key_scale is not None:
+            logits = logits * key_scale.transpose(1, 2)
         weights = (logits + self._mask(groups, probe is not None)).softmax(-1)
         attention = None
         if self.observed is not None:
@@ -249,6 +313,8 @@ class SlotCache:
             if probe is not None:
                 share = torch.cat([share, torch.zeros(1)])
             attention = self.ops.product(share.expand(heads, 1, -1), weights).squeeze(1)
+        if value_scale is not None:
+            weights = weights * value_scale.transpose(1, 2)
         output = self.ops.product(weights, values)[:, :rows].reshape(heads, groups, length, width)
         return Attended(output, None if probe is None else logits[:, rows], attention)
 
@@ -269,7 +335,8 @@ class SlotCache:
         """What the policy sees before attention."""
         state = None if slots.state is None else self.ops.view(slots.state)
         known = None if total is None else total.to(torch.float32)
-        keys, positions = self.ops.view(slots.keys), self.ops.view(slots.positions)
+        scales = None if slots.scales is None else self.ops.view(slots.scales)
+        keys, positions = self._unpacked(self.ops.view(slots.keys), scales), self.ops.view(slots.positions)
         return SlotView(keys, positions, self.valid, self.end - 1, state, known)
 
     def _sum(self, keys: Tensor, state: Tensor | None, weights: Tensor | None) -> Tensor:
@@ -287,19 +354,17 @@ class SlotCache:
             return keys.squeeze(1).double()
         return self.ops.product(weights.expand(len(keys), 1, -1), keys).squeeze(1).double()
 
-    def _write(self, slots: LayerSlots, address: Any, rows: _Rows) -> None:
-        slots.keys = self.ops.write(slots.keys, address, rows.keys)
-        slots.values = self.ops.write(slots.values, address, rows.values)
-        slots.positions = self.ops.write(slots.positions, address, rows.positions)
-        if slots.state is not None and rows.state is not None:
-            slots.state = self.ops.write(slots.state, address, rows.state)
+    def _write(self, slots: LayerSlots, address: Any, rows: dict[str, Tensor]) -> None:
+        """Writes rows [H, T(, d)] by the name of the state's tensor."""
+        for name, tensor in rows.items():
+            setattr(slots, name, self.ops.write(getattr(slots, name), address, tensor))
 
-    def _take(self, slots: LayerSlots, address: Any) -> _Rows:
-        take = self.ops.take
-        state = None if slots.state is None else take(slots.state, address)
-        return _Rows(take(slots.keys, address), take(slots.values, address), take(slots.positions, address), state)
+    def _take(self, slots: LayerSlots, address: Any) -> dict[str, Tensor]:
+        """The rows of every tensor that has one a slot."""
+        kept = {name: tensor for name, tensor in slots.tensors().items() if name in SLOTTED}
+        return {name: self.ops.take(tensor, address) for name, tensor in kept.items()}
 
-    def _settled(self, slots: LayerSlots, entering: _Rows) -> tuple[Tensor, _Rows]:
+    def _settled(self, slots: LayerSlots, entering: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Slots [H, 1 + T] and rows to write: the new tokens, and before them the eviction that a decode step left
 
         pending, that is the token in slot N to its victim's place. One write does both, because a runtime that writes
@@ -307,28 +372,26 @@ class SlotCache:
         """
         nothing = (self.filling | (slots.pending >= self.shape.budget)).unsqueeze(1)
         place = torch.where(nothing.squeeze(1), self.held, slots.pending).unsqueeze(1)
-        last = self._take(slots, self.last_slot)
-
-        def both(moved: Tensor, new: Tensor) -> Tensor:
+        last, rows = self._take(slots, self.last_slot), {}
+        for name, new in entering.items():
+            packed = name in ("keys", "values")
+            # Chosen as float32 numbers, because a runtime has no selection of bytes.
+            new, moved = (self.ops.numbers(t) if packed else t for t in (new, last[name]))
             choice = nothing.unsqueeze(-1) if new.dim() == 3 else nothing
-            return torch.cat([torch.where(choice, new[:, :1], moved.reshape(new[:, :1].shape)), new], dim=1)
-
-        state = None
-        if last.state is not None and entering.state is not None:
-            state = both(last.state, entering.state)
-        rows = _Rows(
-            both(last.keys, entering.keys),
-            both(last.values, entering.values),
-            both(last.positions, entering.positions),
-            state,
-        )
+            row = torch.where(choice, new[:, :1], moved.reshape(new[:, :1].shape))
+            both = torch.cat([row, new], dim=1)
+            rows[name] = self.ops.pack(both, entering[name].dtype) if packed else both
         return torch.cat([place, self.appended], dim=1), rows
 
-    def _evict(self, slots: LayerSlots, view: SlotView, total: Tensor | None, output: Tensor) -> None:
+    def _bring_up_to_date(self, slots: LayerSlots, view: SlotView) -> SlotView:
+        """Lets the policy update its number a slot by this step's attention."""
         state = self.policy.update_state(view)
-        if state is not None and slots.state is not None:
-            slots.state = self.ops.overwrite(slots.state, state)
-            view = replace(view, state=state)
+        if state is None or slots.state is None:
+            return view
+        slots.state = self.ops.overwrite(slots.state, state)
+        return replace(view, state=state)
+
+    def _evict(self, slots: LayerSlots, view: SlotView, total: Tensor | None, output: Tensor) -> None:
         leaving = self._leaving(view)
         if self.count is None:
             victim = self.ops.last_of_largest(leaving, view.positions)
@@ -336,7 +399,7 @@ class SlotCache:
                 self._leave_total(slots, total, victim.unsqueeze(1), None)
             slots.pending = self.ops.overwrite(slots.pending, victim)
             return
-        victims = leaving_order(leaving, view.positions).topk(self.shape.block, dim=-1).indices
+        victims = leaving_order(leaving, view.positions).topk(self.most, dim=-1).indices
         source, target = self._plan_moves(victims)
         source = self.ops.after(source, output)
         if total is not None:
@@ -356,8 +419,10 @@ class SlotCache:
         assert slots.total is not None
         if not wanted.decay:
             address = self.ops.address(victims)
-            keys = self.ops.take(slots.keys, address).reshape(*victims.shape, -1)
-            state = None
+            keys, scales = self.ops.take(slots.keys, address).reshape(*victims.shape, -1), None
+            if slots.scales is not None:
+                scales = self.ops.take(slots.scales, address).reshape(*victims.shape, -1)
+            keys, state = self._unpacked(keys, scales), None
             if wanted.by_state and slots.state is not None:
                 state = self.ops.take(slots.state, address).reshape(victims.shape)
             leaving = self._sum(keys, state, weights)
@@ -383,31 +448,32 @@ class SlotCache:
     def _plan_moves(self, victims: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs the surviving tokens behind slot N with the victims before it: two [H, B] slot indices. Of the victims
 
-        [H, B], first to leave first, only the excess leaves.
+        [H, B], first to leave first, only the excess leaves. (k in place of B where k generated tokens leave at once.)
 
         There are as many of the one as of the other. Both are listed in ascending slot order; the unused rest of a
         list moves into slot S - 1, which is empty after every eviction.
         """
-        budget, block, nowhere = self.shape.budget, self.shape.block, self.shape.slots - 1
+        budget, nowhere = self.shape.budget, self.shape.slots - 1
         leaving = self.unmarked.scatter(1, torch.where(self.excess, victims, nowhere), self.marks)
-        staged = (1 - leaving[:, budget:]) * self.staged_weight
-        source = staged.topk(block, dim=-1).indices + budget
-        freed, slot = (leaving[:, :budget] * self.freed_weight).topk(block, dim=-1)
+        staged = (1 - leaving[:, budget : budget + self.most]) * self.staged_weight
+        source = staged.topk(self.most, dim=-1).indices + budget
+        freed, slot = (leaving[:, :budget] * self.freed_weight).topk(self.most, dim=-1)
         return source, torch.where(freed > 0, slot, nowhere)
 
 
 def new_layers(shape: CacheShape, policy: Policy, ops: SlotOps) -> list[LayerSlots]:
     """Empty state for every layer."""
-    heads, slots = shape.kv_heads, shape.slots
+    heads, slots, dtype = shape.kv_heads, shape.slots, CACHE_DTYPES[shape.dtype]
     keeps_state = policy.slot_state(torch.zeros(heads, 1, shape.head_dim)) is not None
     return [
         LayerSlots(
-            keys=ops.allocate(heads, slots, shape.head_dim, torch.float32),
-            values=ops.allocate(heads, slots, shape.head_dim, torch.float32),
+            keys=ops.allocate(heads, slots, shape.head_dim, dtype),
+            values=ops.allocate(heads, slots, shape.head_dim, dtype),
             positions=ops.allocate(heads, slots, 0, torch.int64),
             pending=torch.full((heads,), shape.budget, dtype=torch.int64),
             state=ops.allocate(heads, slots, 0, torch.float32) if keeps_state else None,
             total=torch.zeros(heads, shape.head_dim, dtype=torch.float64) if policy.key_sum() is not None else None,
+            scales=ops.allocate(heads, slots, 2, torch.float32) if dtype is torch.int8 else None,
         )
         for _ in range(shape.layers)
     ]
@@ -433,6 +499,12 @@ class TorchOps:
 
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         return value
+
+    def pack(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        return (numbers.round() if dtype is torch.int8 else numbers).to(dtype)
+
+    def numbers(self, packed: Tensor) -> Tensor:
+        return packed.to(torch.float32)
 
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         return (left @ (right.mT if transpose else right)) * scaling

@@ -11,6 +11,7 @@ import yaml
 from .errors import UserError
 from .policies import Policy, make_policy
 from .quantize import QUANTS
+from .slots import CACHE_DTYPES
 
 CARD_FILE = "spec.yaml"
 
@@ -25,6 +26,8 @@ class ExportSpec:
         block: B, tokens read a prefill step.
         policy: name and parameters of the eviction policy, e.g. {"name": "keydiff", "recent": 0.2}.
         quant: none, 8da4w, int4 or int8.
+        evict_every: k; generated tokens leave k at a time, which the paper does not do. 1 evicts at every token.
+        cache_dtype: what keys and values are stored as: float32, float16, or int8 with a scale a row.
         targets: where the graph is lowered to.
         sqnr_floor: least SQNR in dB against the float32 model that `validate` accepts for a quantised artifact.
         system_prompt: text that opens every chat; its tokens are pinned. None for no system prompt.
@@ -36,13 +39,15 @@ class ExportSpec:
     block: int
     policy: dict[str, Any] = field(default_factory=lambda: {"name": "keydiff"})
     quant: str = "none"
+    cache_dtype: str = "float32"
+    evict_every: int = 1
     targets: tuple[str, ...] = ("executorch-xnnpack", "onnx-cpu")
     sqnr_floor: float | None = None
     system_prompt: str | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
-        for key in ("budget", "block"):
+        for key in ("budget", "block", "evict_every"):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{key} must be a whole number of at least 1, got {value!r}")
@@ -50,8 +55,12 @@ class ExportSpec:
             raise UserError(
                 f"block {self.block} is larger than budget {self.budget}: choose a block of at most the budget"
             )
+        if self.evict_every > self.block:
+            raise UserError(f"evict_every {self.evict_every} is more than the {self.block} spare slots of a block")
         if self.quant not in QUANTS:
             raise UserError(f"unknown quantisation {self.quant!r}: choose one of {', '.join(QUANTS)}")
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise UserError(f"unknown cache dtype {self.cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
         if not self.targets:
             raise UserError("no target given: see `keydiff-export targets`")
         if self.system_prompt is not None and not (isinstance(self.system_prompt, str) and self.system_prompt.strip()):

@@ -36,8 +36,10 @@ def random_rows(length: int, heads: int = 2, groups: int = 2, width: int = 4, se
 class EagerLayer:
     """The reference over one layer."""
 
-    def __init__(self, policy: Policy, budget: int, block: int) -> None:
-        self.reference = Reference(torch.nn.Identity(), policy, budget, block)
+    def __init__(
+        self, policy: Policy, budget: int, block: int, cache_dtype: str = "float32", evict_every: int = 1
+    ) -> None:
+        self.reference = Reference(torch.nn.Identity(), policy, budget, block, cache_dtype, evict_every)
 
     def step(self, rows: Rows) -> Tensor:
         """Attention output [H * R, T, d]."""
@@ -53,9 +55,18 @@ class EagerLayer:
 class StaticLayer:
     """The static slot cache over one layer."""
 
-    def __init__(self, policy: Policy, budget: int, block: int, heads: int = 2, width: int = 4) -> None:
-        self.shape = CacheShape(1, heads, width, budget, block)
-        self.policy, self.seen = policy, 0
+    def __init__(
+        self,
+        policy: Policy,
+        budget: int,
+        block: int,
+        heads: int = 2,
+        width: int = 4,
+        cache_dtype: str = "float32",
+        evict_every: int = 1,
+    ) -> None:
+        self.shape = CacheShape(1, heads, width, budget, block, cache_dtype, evict_every)
+        self.policy, self.seen, self.staged = policy, 0, 0
         self.layers = new_layers(self.shape, policy, TorchOps())
 
     def step(self, rows: Rows, padding: Rows | None = None) -> Tensor:
@@ -63,6 +74,8 @@ class StaticLayer:
         length = rows.keys.shape[1]
         start = torch.tensor([self.seen])
         self.seen += length
+        if length == 1 and self.shape.evict_every > 1:
+            return self._lazy(rows, start)
         if length == 1:
             cache = SlotCache(self.shape, self.policy, TorchOps(), self.layers, 1, start, None)
             return cache.attend(0, rows.queries, rows.keys, rows.values, 0.5)
@@ -77,12 +90,30 @@ class StaticLayer:
         )
         return cache.attend(0, *parts, 0.5)[:, :length]
 
+    def _lazy(self, rows: Rows, start: Tensor) -> Tensor:
+        staged, full = self.staged, self.seen > self.shape.budget
+        self.staged = (staged + 1) % self.shape.evict_every if full else 0
+        cache = SlotCache(
+            self.shape,
+            self.policy,
+            TorchOps(),
+            self.layers,
+            1,
+            start,
+            torch.tensor([1]),
+            torch.tensor([staged]),
+            evicts=full and self.staged == 0,
+        )
+        return cache.attend(0, rows.queries, rows.keys, rows.values, 0.5)
+
     def occupied(self) -> Tensor:
         """[H, S] bool: the slots whose token is still held."""
         budget, slots = self.shape.budget, self.shape.slots
         slot = torch.arange(slots).expand(self.shape.kv_heads, slots)
         if self.seen <= budget:
             return slot < self.seen
+        if self.shape.evict_every > 1:
+            return slot < budget + self.staged
         return (slot <= budget) & (slot != self.layers[0].pending.unsqueeze(1))
 
     def held(self) -> list[list[int]]:

@@ -128,7 +128,7 @@ def test_every_policy_survives_both_lowerings(
         ours, theirs, kept = run_reference(reference, prompt, 5, open_runner(folder, artifact), lambda tokens: None)
         assert theirs is not None
         against = compare_logits(ours, theirs)
-        checks = gates("none", against, against, kept, None)
+        checks = gates(True, against, against, kept, None)
         assert all(check["passed"] for check in checks), checks
 
 
@@ -198,7 +198,7 @@ def test_parity_fails_an_artifact_that_keeps_other_tokens(tiny: LoadedModel, tin
     ours, theirs, kept = run_reference(reference, prompt, 4, runner, lambda tokens: None)
     assert theirs is not None
     against = compare_logits(ours, theirs)
-    checks = {check["name"]: check["passed"] for check in gates("none", against, against, kept, None)}
+    checks = {check["name"]: check["passed"] for check in gates(True, against, against, kept, None)}
     assert not checks["kept sets equal, ties apart (largest score gap)"]
     assert max(d["score_gap"] for d in kept.disagreements) > FLOAT_TIE
     assert {"only_reference", "only_artifact", "layer", "head", "step"} <= kept.disagreements[0].keys()
@@ -210,15 +210,15 @@ def test_gates_reject_logits_off_by_more_than_the_limit() -> None:
     expected, found = Trace(logits, [1, 1]), Trace(logits + np.float32([0, 0, 0, 2 * LOGITS_LIMIT]), [1, 1])
     against = compare_logits(expected, found)
     assert against["logits_max_abs"] == pytest.approx(2 * LOGITS_LIMIT, rel=1e-3)
-    failed = [check["name"] for check in gates("none", against, against, KeptSlots(), None) if not check["passed"]]
+    failed = [check["name"] for check in gates(True, against, against, KeptSlots(), None) if not check["passed"]]
     assert failed == ["logits max abs"]
 
 
 def test_gates_hold_a_quantised_artifact_to_the_cards_floor() -> None:
     good = {"logits_max_abs": 0.1, "kl": 0.0, "sqnr_db": 30.0, "token_agreement": 1.0}
     kept = KeptSlots(compared=1, jaccard=1.0)
-    assert all(check["passed"] for check in gates("8da4w", good, {**good, "sqnr_db": 7.0}, kept, 6.0))
-    assert not all(check["passed"] for check in gates("8da4w", good, {**good, "sqnr_db": 5.0}, kept, 6.0))
+    assert all(check["passed"] for check in gates(False, good, {**good, "sqnr_db": 7.0}, kept, 6.0))
+    assert not all(check["passed"] for check in gates(False, good, {**good, "sqnr_db": 5.0}, kept, 6.0))
 
 
 def test_inspect_proves_constant_memory_from_the_programs(exported: dict[str, OutputFolder]) -> None:

@@ -60,8 +60,7 @@ def export_model(
         policy = spec.make_policy(pinned)
         with phases.phase("quantise"):
             model = quantize(loaded.model, spec.quant)
-        shape = loaded.cache_shape(spec.budget, spec.block)
-        cache_bytes = 2 * shape.layers * shape.kv_heads * shape.slots * shape.head_dim * 4
+        shape = loaded.cache_shape(spec.budget, spec.block, spec.cache_dtype, spec.evict_every)
         artifacts = []
         for target in targets:
             (folder / target.name).mkdir()
@@ -75,7 +74,7 @@ def export_model(
                     "sqnr_floor_db": spec.sqnr_floor,
                     "files": describe_files(folder, names),
                     "methods": lowered.methods,
-                    "cache_bytes": cache_bytes,
+                    "cache_bytes": shape.bytes,
                     "planned_memory_bytes": lowered.planned_memory_bytes,
                 }
             )
@@ -92,7 +91,9 @@ def export_model(
                 "budget": shape.budget,
                 "block": shape.block,
                 "slots": shape.slots,
-                "bytes": cache_bytes,
+                "dtype": shape.dtype,
+                "evict_every": shape.evict_every,
+                "bytes": shape.bytes,
             },
             "files": _write_tokenizer(loaded, folder),
             "artifacts": artifacts,

@@ -22,7 +22,8 @@ RUNTIMES = ("executorch", "onnxruntime", "eager")
 def open_runner(folder: OutputFolder, artifact: dict[str, Any], threads: int | None = None) -> Runner:
     """A runner for one artifact of a folder."""
     shape = folder.shape
-    return open_artifact(folder.path / artifact["target"], artifact["runtime"], shape.budget, shape.block, threads)
+    place = folder.path / artifact["target"]
+    return open_artifact(place, artifact["runtime"], shape.budget, shape.block, threads, shape.evict_every)
 
 
 def open_runtime(folder: OutputFolder, runtime: str | None, threads: int | None = None) -> Runner:
@@ -35,7 +36,7 @@ def open_runtime(folder: OutputFolder, runtime: str | None, threads: int | None 
         loaded = load_model(folder.manifest["model"]["source"])
         if loaded.weights_sha256 != folder.manifest["model"]["weights_sha256"]:
             raise UserError(f"{loaded.source!r} is not the model that {folder.path} was exported from (weights differ)")
-        return EagerRunner(loaded.model, folder.policy, folder.shape.budget, folder.shape.block)
+        return EagerRunner(loaded.model, folder.policy, folder.shape)
     artifact = folder.artifacts[0] if runtime is None else folder.artifact_for(runtime)
     return open_runner(folder, artifact, threads)
 

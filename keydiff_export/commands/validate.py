@@ -47,24 +47,30 @@ def validate_folder(
     report: list[dict[str, Any]] = []
     with torch.no_grad():
         float32, _, _ = run_reference(
-            Reference(loaded.model, policy, shape.budget, shape.block), prompt, greedy_tokens, None, tick
+            Reference(loaded.model, policy, shape.budget, shape.block, evict_every=shape.evict_every),
+            prompt,
+            greedy_tokens,
+            None,
+            tick,
         )
         models: dict[str, torch.nn.Module] = {}
         for artifact in folder.artifacts:
-            quant = artifact["quant"]
+            quant, dtype = artifact["quant"], shape.dtype
             model = models.setdefault(quant, quantize(loaded.model, quant))
             if quant != "none":
                 model = twin(model, get_target(artifact["target"]).activation(quant))
             runner = open_runner(folder, artifact)
-            reference = Reference(model, policy, shape.budget, shape.block)
+            reference = Reference(model, policy, shape.budget, shape.block, dtype, shape.evict_every)
             ours, theirs, kept = run_reference(reference, prompt, greedy_tokens, runner, tick, float32.tokens)
             assert theirs is not None
             against_reference, against_float32 = compare_logits(ours, theirs), compare_logits(float32, theirs)
-            checks = gates(quant, against_reference, against_float32, kept, artifact["sqnr_floor_db"])
+            exact = quant == "none" and dtype == "float32"
+            checks = gates(exact, against_reference, against_float32, kept, artifact["sqnr_floor_db"])
             report.append(
                 {
                     "target": artifact["target"],
                     "quant": quant,
+                    "cache_dtype": dtype,
                     "passed": all(check["passed"] for check in checks),
                     "gates": checks,
                     "reference": against_reference,

@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers torch.ops.llama)
 from torch import Tensor
+from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noqa: F401  (registers the library)
 
 from ..slots import leaving_order
+
+_QUANTIZED = torch.ops.quantized_decomposed
 
 
 class Address:
@@ -54,6 +57,17 @@ class ExecuTorchOps:
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         target.copy_(value.reshape(target.shape))
         return target
+
+    def pack(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype is torch.int8:
+            # With a scale of 1 this rounds and converts, and XNNPACK does it inside a delegate.
+            return _QUANTIZED.quantize_per_tensor(numbers, 1.0, 0, -127, 127, dtype)
+        return numbers.to(dtype)
+
+    def numbers(self, packed: Tensor) -> Tensor:
+        if packed.dtype is torch.int8:
+            return _QUANTIZED.dequantize_per_tensor(packed, 1.0, 0, -128, 127, packed.dtype)
+        return packed.to(torch.float32)
 
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         scaled = left if scaling == 1.0 else left * scaling

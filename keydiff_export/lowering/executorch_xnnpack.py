@@ -18,6 +18,7 @@ from torchao.utils import unwrap_tensor_subclass
 from ..graph import StaticGraph
 from ..policies import Policy
 from ..quantize import Activation
+from ..runtime.base import SNAPSHOT
 from ..slots import CacheShape, LayerSlots, new_layers
 from .base import Lowered, Phases, Target
 from .executorch_ops import ExecuTorchOps
@@ -62,17 +63,21 @@ class ExecuTorchXnnpack(Target):
                     constant_methods=_metadata(model, shape),
                 )
             with phases.phase("executorch-xnnpack: emit"):
-                program = edge.to_executorch(
+                lowered = edge.to_executorch(
                     ExecutorchBackendConfig(
                         memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
                         emit_mutable_buffer_names=True,
                     )
                 )
                 with (folder / FILE).open("wb") as stream:
-                    program.write_to_file(stream)
-        plans = program.executorch_program.execution_plan
+                    lowered.write_to_file(stream)
+        plans = lowered.executorch_program.execution_plan
         planned = max(sum(plan.non_const_buffer_sizes) for plan in plans)
-        methods = {name: {"inputs": _inputs(p), "outputs": _outputs(p)} for name, p in programs.items()}
+        inputs = {name: list(examples) for name, examples in graph.methods().items()}
+        methods = {
+            name: {"inputs": _inputs(program, inputs.get(name, [])), "outputs": _outputs(program)}
+            for name, program in programs.items()
+        }
         return Lowered([FILE], methods, planned)
 
 
@@ -94,18 +99,17 @@ class _Method(nn.Module):
         return [LayerSlots(**{name: getattr(self, f"{name}_{i}") for name in self.names}) for i in range(count)]
 
 
-class _Prefill(_Method):
-    def forward(self, tokens: Tensor, start: Tensor, count: Tensor) -> Tensor:
-        return self.graph.prefill(tokens, start, count, self.layers())
+class _Step(_Method):
+    def __init__(self, graph: StaticGraph, name: str) -> None:
+        super().__init__(graph)
+        self.step = getattr(graph, name)
 
-
-class _Decode(_Method):
-    def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
-        return self.graph.decode(tokens, start, self.layers())
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.step(*inputs, self.layers())
 
 
 class _Snapshot(_Method):
-    """Copies the state out, for parity checks: positions, pending, keys and values of every layer.
+    """Copies the state out, for parity checks: positions, pending, keys, values (and scales) of every layer.
 
     A slice and a clamp, because a plain clone is optimised away and a buffer itself cannot be an output.
     """
@@ -124,19 +128,18 @@ class _Snapshot(_Method):
                 layer.keys[:, :last],
                 layer.values[:, :last],
             ]
+            if layer.scales is not None:
+                copies.append(layer.scales[:, :last])
         return copies
 
 
 def _trace(graph: StaticGraph) -> dict[str, ExportedProgram]:
-    one = torch.zeros(1, dtype=torch.int64)
-    block = torch.zeros(1, graph.shape.block, dtype=torch.int64)
-    examples: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
-        "prefill": (_Prefill(graph), (block, one, one + 1)),
-        "decode": (_Decode(graph), (block[:, :1], one)),
-        "snapshot": (_Snapshot(graph), ()),
-    }
     with torch.no_grad():
-        return {name: export(method, arguments, strict=False) for name, (method, arguments) in examples.items()}
+        programs = {
+            name: export(_Step(graph, name), tuple(inputs.values()), strict=False)
+            for name, inputs in graph.methods().items()
+        }
+        return {**programs, "snapshot": export(_Snapshot(graph), (), strict=False)}
 
 
 def _metadata(model: nn.Module, shape: CacheShape) -> dict[str, Any]:
@@ -150,9 +153,9 @@ def _metadata(model: nn.Module, shape: CacheShape) -> dict[str, Any]:
     }
 
 
-def _inputs(program: ExportedProgram) -> list[dict[str, Any]]:
-    names = program.graph_signature.user_inputs
-    return [_describe(n.name, n.meta["val"]) for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
+def _inputs(program: ExportedProgram, names: list[str]) -> list[dict[str, Any]]:
+    nodes = {node.name: node for node in program.graph.nodes}
+    return [_describe(n, nodes[p].meta["val"]) for n, p in zip(names, program.graph_signature.user_inputs, strict=True)]
 
 
 def _outputs(program: ExportedProgram) -> list[dict[str, Any]]:
@@ -160,8 +163,8 @@ def _outputs(program: ExportedProgram) -> list[dict[str, Any]]:
     outputs = [nodes[str(name)].meta["val"] for name in program.graph_signature.user_outputs]
     if len(outputs) == 1:
         return [_describe("logits", outputs[0])]
-    parts = ("positions", "pending", "keys", "values")
-    return [_describe(f"{parts[i % 4]}_{i // 4}", value) for i, value in enumerate(outputs)]
+    parts = SNAPSHOT if outputs[2].dtype is torch.int8 else SNAPSHOT[:-1]
+    return [_describe(f"{parts[i % len(parts)]}_{i // len(parts)}", value) for i, value in enumerate(outputs)]
 
 
 def _describe(name: str, value: Tensor) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..graph import StaticGraph
 from ..policies import Policy
 from ..quantize import Activation, twin
-from ..slots import CacheShape, LayerSlots, new_layers
+from ..slots import SLOTTED, CacheShape, LayerSlots, new_layers
 from .base import Lowered, Phases, Target
 from .onnx_ops import OnnxOps
 
@@ -49,13 +49,10 @@ class OnnxCpu(Target):
     ) -> Lowered:
         module = model if quant == "none" else twin(model, self.activation(quant))
         graph = StaticGraph(module, shape, policy, OnnxOps())
-        block = torch.zeros(1, shape.block, dtype=torch.int64)
-        one = torch.zeros(1, dtype=torch.int64)
-        arguments = {"prefill": (block, one, one + 1), "decode": (block[:, :1], one)}
         models: dict[str, ir.Model] = {}
-        for method, tensors in arguments.items():
+        for method, examples in graph.methods().items():
             with phases.phase(f"onnx-cpu: trace {method}"), _quiet():
-                models[method] = _export(graph, method, tensors)
+                models[method] = _export(graph, method, examples)
         with phases.phase("onnx-cpu: write"):
             write_models(models, folder)
         methods = {name: {"inputs": _io(m.graph.inputs), "outputs": _io(m.graph.outputs)} for name, m in models.items()}
@@ -88,11 +85,11 @@ class _Recorded(LayerSlots):
 
     def appended(self) -> dict[str, Tensor]:
         """By name, the tensors that were written twice, after the first time."""
-        values = {name: self.__dict__["_values"][name] for name in ("keys", "values", "positions", "state")}
+        values = {name: self.__dict__["_values"][name] for name in SLOTTED if name in self.__dict__["_values"]}
         return {name: seen[1] for name, seen in values.items() if len(seen) == 3}
 
 
-def _export(graph: StaticGraph, method: str, arguments: tuple[Tensor, ...]) -> ir.Model:
+def _export(graph: StaticGraph, method: str, examples: dict[str, Tensor]) -> ir.Model:
     layers = new_layers(graph.shape, graph.policy, graph.ops)
     names = tuple(layers[0].tensors())
     states = [tensor for layer in layers for tensor in layer.tensors().values()]
@@ -101,10 +98,10 @@ def _export(graph: StaticGraph, method: str, arguments: tuple[Tensor, ...]) -> i
     with torch.no_grad():
         program = torch.onnx.export(
             step,
-            (arguments, states),
+            (tuple(examples.values()), states),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[*("tokens", "start", "count")[: len(arguments)], *state_names],
+            input_names=[*examples, *state_names],
             output_names=["logits", *(name + NEXT for name in state_names)],
             verbose=False,
         )

@@ -38,6 +38,12 @@ class OnnxOps:
     def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
         return value
 
+    def pack(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        return (numbers.round() if dtype is torch.int8 else numbers).to(dtype)
+
+    def numbers(self, packed: Tensor) -> Tensor:
+        return packed.to(torch.float32)
+
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         # A plain MatMul between two reshapes is rewritten by onnxscript's optimizer into a broadcast over the wrong
         # axis when the query heads a KV head are as many as the KV heads; a fused one is left as it is.

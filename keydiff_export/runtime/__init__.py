@@ -7,8 +7,10 @@ from pathlib import Path
 from .base import Runner
 
 
-def open_artifact(place: Path, runtime: str, budget: int, block: int, threads: int | None = None) -> Runner:
-    """A runner for the artifact in a folder.
+def open_artifact(
+    place: Path, runtime: str, budget: int, block: int, threads: int | None = None, evict_every: int = 1
+) -> Runner:
+    """A runner for the artifact in a folder: N, B, CPU threads (all cores by default), and k.
 
     Raises:
         UserError: the runtime's package is missing, or it refuses the artifact.
@@ -16,7 +18,7 @@ def open_artifact(place: Path, runtime: str, budget: int, block: int, threads: i
     if runtime == "executorch":
         from .executorch import ExecuTorchRunner
 
-        return ExecuTorchRunner(place / "model.pte", budget, block, threads)
+        return ExecuTorchRunner(place / "model.pte", budget, block, threads, evict_every)
     from .onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(place, budget, block, threads)
+    return OnnxRuntimeRunner(place, budget, block, threads, evict_every)

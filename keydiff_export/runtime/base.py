@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
+# What of a layer's state a snapshot takes; scales only where keys and values are int8.
+SNAPSHOT = ("positions", "pending", "keys", "values", "scales")
 
 
 @dataclass
@@ -32,29 +34,58 @@ class Runner(ABC):
 
     Attributes:
         budget, block: N and B.
+        evict_every: k, the generated tokens that may pile up before k tokens leave at once.
         seen: tokens read since the last reset.
+        staged: tokens that wait for the next eviction, below k.
     """
 
-    def __init__(self, budget: int, block: int) -> None:
-        self.budget, self.block = budget, block
-        self.seen = 0
+    def __init__(self, budget: int, block: int, evict_every: int = 1) -> None:
+        self.budget, self.block, self.evict_every = budget, block, evict_every
+        self.seen = self.staged = 0
 
     def reset(self) -> None:
         """Forgets everything read so far. Slots are not cleared: what is held follows from the position."""
-        self.seen = 0
+        self.seen = self.staged = 0
 
     def step(self, tokens: list[int]) -> Logits:
-        """Reads 1 <= T <= B tokens and returns the logits [V] after the last; one token goes through `decode`."""
+        """Reads 1 <= T <= B tokens and returns the logits [V] after the last; one token goes through `decode`.
+
+        While tokens wait for an eviction, those of a block are read one by one as well.
+        """
         if not 1 <= len(tokens) <= self.block:
             raise ValueError(f"a step takes 1 to {self.block} tokens, got {len(tokens)}")
-        logits = self._decode(tokens[0]) if len(tokens) == 1 else self._prefill(tokens)
+        while self.staged and len(tokens) > 1:
+            self._one(tokens[0])
+            tokens = tokens[1:]
+        if len(tokens) == 1:
+            return self._one(tokens[0])
+        logits = self._prefill(tokens)
         self.seen += len(tokens)
         return logits
+
+    def _one(self, token: int) -> Logits:
+        logits = self._decode(token)
+        if self.evict_every > 1 and self.seen >= self.budget:
+            self.staged = (self.staged + 1) % self.evict_every
+        self.seen += 1
+        return logits
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the artifact's methods that steps go through."""
+        return ("prefill", "decode") if self.evict_every == 1 else ("prefill", "append", "decode_evicting")
+
+    @property
+    def _single(self) -> str:
+        """The method that reads the next single token."""
+        if self.evict_every == 1:
+            return "decode"
+        return "decode_evicting" if self.staged + 1 == self.evict_every else "append"
 
     @property
     def held(self) -> int:
         """Tokens held a layer and KV head."""
-        return min(self.seen, self.budget)
+        return min(self.seen - self.staged, self.budget) + self.staged
 
     @abstractmethod
     def _prefill(self, tokens: list[int]) -> Logits: ...
@@ -74,23 +105,30 @@ def padded(tokens: list[int], block: int) -> NDArray[np.int64]:
     return row
 
 
-def make_snapshot(layers: list[dict[str, NDArray[np.generic]]], seen: int, budget: int) -> Snapshot:
-    """Builds a snapshot from per-layer arrays: positions [H, S], pending [H], keys and values [H, S, d].
+def make_snapshot(layers: list[dict[str, NDArray[np.generic]]], seen: int, budget: int, staged: int = 0) -> Snapshot:
+    """Builds a snapshot from per-layer arrays: positions [H, S], pending [H], keys and values [H, S, d], and scales
+
+    [H, S, 2] where those are int8.
 
     Until the budget is full the slots in use are those of the tokens seen; after that every slot up to N, less the
-    pending victim of a decode step.
+    pending victim of a decode step, and those of the tokens that wait for an eviction.
     """
     held: list[list[set[int]]] = []
     slots: list[list[dict[int, int]]] = []
     for layer in layers:
         rows: list[dict[int, int]] = []
         for head, positions in enumerate(layer["positions"]):
-            used = range(seen) if seen <= budget else range(budget + 1)
-            skip = -1 if seen <= budget else int(layer["pending"][head])
+            used = range(seen) if seen <= budget else range(budget + max(staged, 1))
+            skip = -1 if seen <= budget or staged else int(layer["pending"][head])
             rows.append({int(positions[slot]): slot for slot in used if slot != skip})
         slots.append(rows)
         held.append([set(row) for row in rows])
-    last = budget + 1
-    keys = np.stack([np.asarray(layer["keys"], dtype=np.float32)[:, :last] for layer in layers])
-    values = np.stack([np.asarray(layer["values"], dtype=np.float32)[:, :last] for layer in layers])
-    return Snapshot(held, keys, values, slots)
+    last = budget + max(staged, 1)
+
+    def numbers(name: str, column: int) -> NDArray[np.float32]:
+        stacked = np.stack([np.asarray(layer[name], dtype=np.float32)[:, :last] for layer in layers])
+        if "scales" not in layers[0]:
+            return stacked
+        return stacked * np.stack([np.asarray(layer["scales"])[:, :last, column : column + 1] for layer in layers])
+
+    return Snapshot(held, numbers("keys", 0), numbers("values", 1), slots)

@@ -7,15 +7,16 @@ import torch
 
 from ..policies import Policy
 from ..reference import Reference
+from ..slots import CacheShape
 from .base import Logits, Runner, Snapshot, make_snapshot
 
 
 class EagerRunner(Runner):
     """Steps a `Reference` in PyTorch; needs the original model."""
 
-    def __init__(self, model: torch.nn.Module, policy: Policy, budget: int, block: int) -> None:
-        super().__init__(budget, block)
-        self.reference = Reference(model, policy, budget, block)
+    def __init__(self, model: torch.nn.Module, policy: Policy, shape: CacheShape) -> None:
+        super().__init__(shape.budget, shape.block, shape.evict_every)
+        self.reference = Reference(model, policy, shape.budget, shape.block, shape.dtype, shape.evict_every)
 
     def reset(self) -> None:
         super().reset()
@@ -40,4 +41,5 @@ class EagerRunner(Runner):
                     "values": layer.values.numpy(),
                 }
             )
-        return make_snapshot(layers, min(self.seen, layers[0]["positions"].shape[1]), self.budget)
+        held = layers[0]["positions"].shape[1]
+        return make_snapshot(layers, held, held)

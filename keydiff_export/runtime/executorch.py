@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .base import Logits, Runner, Snapshot, make_snapshot, padded
+from .base import SNAPSHOT, Logits, Runner, Snapshot, make_snapshot, padded
 
 
 @contextmanager
@@ -31,19 +31,20 @@ def _quiet_native_log() -> Iterator[None]:
 
 
 class ExecuTorchRunner(Runner):
-    """Steps the methods `prefill` and `decode` of a .pte.
+    """Steps the methods of a .pte.
 
     Args:
         file: the .pte.
         budget, block: N and B of the graph.
         threads: CPU threads, all cores by default.
+        evict_every: k of the graph.
 
     Raises:
         UserError: ExecuTorch is missing or refuses the file.
     """
 
-    def __init__(self, file: Path, budget: int, block: int, threads: int | None = None) -> None:
-        super().__init__(budget, block)
+    def __init__(self, file: Path, budget: int, block: int, threads: int | None = None, evict_every: int = 1) -> None:
+        super().__init__(budget, block, evict_every)
         logging.getLogger("executorch").setLevel(logging.ERROR)
         try:
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
@@ -56,7 +57,7 @@ class ExecuTorchRunner(Runner):
             # The Program API gives all methods one set of memory arenas, and so one cache; the Module API does not.
             with _quiet_native_log():
                 self._program = portable_lib._load_program(str(file))
-                self._methods = {name: self._program.load_method(name) for name in ("prefill", "decode")}
+                self._methods = {name: self._program.load_method(name) for name in self.methods}
         except RuntimeError as error:
             raise UserError(f"{file} is not a program that ExecuTorch can load: export it again") from error
 
@@ -65,7 +66,8 @@ class ExecuTorchRunner(Runner):
         return self._run("prefill", row, torch.tensor([self.seen]), torch.tensor([len(tokens)]))
 
     def _decode(self, token: int) -> Logits:
-        return self._run("decode", torch.tensor([[token]]), torch.tensor([self.seen]))
+        staged = [torch.tensor([self.staged])] if self.evict_every > 1 else []
+        return self._run(self._single, torch.tensor([[token]]), torch.tensor([self.seen]), *staged)
 
     def _run(self, method: str, *inputs: torch.Tensor) -> Logits:
         output = self._methods[method].call(inputs)
@@ -75,15 +77,10 @@ class ExecuTorchRunner(Runner):
         if "snapshot" not in self._methods:
             self._methods["snapshot"] = self._program.load_method("snapshot")
         outputs = [tensor.numpy() for tensor in self._methods["snapshot"].call(())]
+        names = SNAPSHOT if outputs[2].dtype == np.int8 else SNAPSHOT[:-1]
         layers = []
-        for first in range(0, len(outputs), 4):
-            positions, pending, keys, values = outputs[first : first + 4]
-            layers.append(
-                {
-                    "positions": positions[:, :, 0, 0],
-                    "pending": pending,
-                    "keys": keys[:, :, 0],
-                    "values": values[:, :, 0],
-                }
-            )
-        return make_snapshot(layers, self.seen, self.budget)
+        for first in range(0, len(outputs), len(names)):
+            layer = dict(zip(names, outputs[first : first + len(names)], strict=True))
+            layers.append({name: array[:, :, 0] if array.ndim == 4 else array for name, array in layer.items()})
+            layers[-1]["positions"] = layers[-1]["positions"][:, :, 0]
+        return make_snapshot(layers, self.seen, self.budget, self.staged)

@@ -9,25 +9,33 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .base import Logits, Runner, Snapshot, make_snapshot, padded
+from .base import SNAPSHOT, Logits, Runner, Snapshot, make_snapshot, padded
 
 NEXT, APPENDED = "_next", "_appended"
+DTYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 
 
 class OnnxRuntimeRunner(Runner):
-    """Steps two sessions over one set of cache buffers, each bound as input and as output of both.
+    """Steps a session a method over one set of cache buffers, each bound as input and as output of all.
 
     Args:
         folder: holds prefill.onnx, decode.onnx and their weights.
         budget, block: N and B of the graph.
         threads: CPU threads, all cores by default.
+        evict_every: k of the graph.
 
     Raises:
         UserError: ONNX Runtime is missing or refuses a file.
     """
 
-    def __init__(self, folder: Path, budget: int, block: int, threads: int | None = None) -> None:
-        super().__init__(budget, block)
+    def __init__(self, folder: Path, budget: int, block: int, threads: int | None = None, evict_every: int = 1) -> None:
+        super().__init__(budget, block, evict_every)
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import onnxruntime as ort
@@ -41,7 +49,7 @@ class OnnxRuntimeRunner(Runner):
         self._inputs: dict[str, dict[str, Any]] = {}
         self._logits: dict[str, Any] = {}
         self._bindings: dict[str, tuple[Any, Any]] = {}
-        for method in ("prefill", "decode"):
+        for method in self.methods:
             file = folder / f"{method}.onnx"
             try:
                 session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -52,13 +60,12 @@ class OnnxRuntimeRunner(Runner):
     def _bind(self, ort: Any, method: str, session: Any) -> None:
         binding = session.io_binding()
         fed: dict[str, Any] = {}
-        dtypes = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(double)": np.float64}
         for item in session.get_inputs():
             is_state = item.name + NEXT in {output.name for output in session.get_outputs()}
             if is_state and item.name in self._state:
                 value = self._state[item.name]
             else:
-                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(item.shape, dtypes[item.type]))
+                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(item.shape, DTYPES[item.type]))
                 (self._state if is_state else fed)[item.name] = value
             binding.bind_ortvalue_input(item.name, value)
         for item in session.get_outputs():
@@ -76,7 +83,8 @@ class OnnxRuntimeRunner(Runner):
         return self._run("prefill", tokens=padded(tokens, self.block), count=count)
 
     def _decode(self, token: int) -> Logits:
-        return self._run("decode", tokens=np.array([[token]], dtype=np.int64))
+        staged = {"staged": np.array([self.staged], dtype=np.int64)} if self.evict_every > 1 else {}
+        return self._run(self._single, tokens=np.array([[token]], dtype=np.int64), **staged)
 
     def _run(self, method: str, **inputs: np.ndarray) -> Logits:
         inputs["start"] = np.array([self.seen], dtype=np.int64)
@@ -90,6 +98,6 @@ class OnnxRuntimeRunner(Runner):
         layers: list[dict[str, np.ndarray]] = []
         while f"positions_{len(layers)}" in self._state:
             number = len(layers)
-            names = ("positions", "pending", "keys", "values")
-            layers.append({name: self._state[f"{name}_{number}"].numpy().copy() for name in names})
-        return make_snapshot(layers, self.seen, self.budget)
+            tensors = {name: self._state.get(f"{name}_{number}") for name in SNAPSHOT}
+            layers.append({name: t.numpy().copy() for name, t in tensors.items() if t is not None})
+        return make_snapshot(layers, self.seen, self.budget, self.staged)
