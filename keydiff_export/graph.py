@@ -56,5 +56,6 @@ class StaticGraph:
         methods = {"prefill": {"tokens": block, "start": one, "count": one + 1}}
         if self.shape.evict_every == 1:
             return {**methods, "decode": single}
-        lazy = {**single, "staged": one}
+        # A tensor of its own: export takes two inputs that are one object for one input.
+        lazy = {**single, "staged": one.clone()}
         return {**methods, "append": lazy, "decode_evicting": lazy}

@@ -119,7 +119,7 @@ class _Snapshot(_Method):
         self.model = nn.Identity()
 
     def forward(self) -> list[Tensor]:
-        last = self.graph.shape.budget + 1
+        last = self.graph.shape.budget + self.graph.shape.evict_every
         copies = []
         for layer in self.layers():
             copies += [
