@@ -23,7 +23,8 @@ from .models import cache_shape
 from .policies import Policy
 from .runtime import open_artifact
 from .runtime.base import Runner
-from .slots import CacheShape, TorchOps, new_layers
+from .shape import CacheShape
+from .slots import TorchOps, new_layers
 
 VOCABULARY = 64
 DECODE_REPEATS, PREFILL_REPEATS, WARM_UP = 100, 15, 3

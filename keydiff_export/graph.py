@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .attention import forward_logits
 from .policies import Policy
-from .slots import CacheShape, LayerSlots, SlotCache, SlotOps
+from .shape import CacheShape
+from .slots import LayerSlots, SlotCache, SlotOps
 
 
 class StaticGraph:

@@ -13,13 +13,15 @@ from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
 from .errors import UserError
-from .policies import Policy, make_policy
-from .slots import CacheShape
+from .shape import CacheShape
+
+if TYPE_CHECKING:
+    from .policies import Policy
 
 SCHEMA_VERSION = 1
 MANIFEST, PARITY = "manifest.json", "parity.json"
@@ -67,8 +69,15 @@ class OutputFolder:
     @property
     def policy(self) -> Policy:
         """The policy that the artifacts carry."""
+        from .policies import make_policy
+
         parameters = dict(self.manifest["policy"])
         return make_policy(parameters.pop("name"), **parameters)
+
+    @property
+    def evicts(self) -> bool:
+        """False where the cache only fills, known without the policy's code."""
+        return bool(self.manifest["policy"]["name"] != "full")
 
     @property
     def artifacts(self) -> list[dict[str, Any]]:

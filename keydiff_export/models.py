@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from .attention import ATTENTION_NAME
 from .errors import UserError
-from .slots import CacheShape
+from .shape import CacheShape
 
 # Every entry has a test that a tiny model of it, with N >= prompt, equals the unmodified Hugging Face model.
 ARCHITECTURES = ("granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")

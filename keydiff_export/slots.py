@@ -21,42 +21,14 @@ import torch
 from torch import Tensor
 
 from .policies import Policy, SlotView
+from .shape import CacheShape
 
 # Below every score; finite, because infinity times zero is no number, and far enough from the end of float32 that a
 # score can be added.
 NEVER = -1e38
-CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 _INT8_LEVELS = 127
 # Of a row of zeros the scale would be 0 and its inverse infinite.
 _LEAST_SCALE = 1e-30
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """Static sizes of a cache: `layers`, `kv_heads`, `head_dim`, `budget` (N) and `block` (B).
-
-    `dtype` is what keys and values are stored as, a name of CACHE_DTYPES; int8 rows have a float32 scale each.
-    `evict_every` is k, the generated tokens that the spare slots take before k tokens leave at once, at most B.
-    """
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    budget: int
-    block: int
-    dtype: str = "float32"
-    evict_every: int = 1
-
-    @property
-    def slots(self) -> int:
-        """N + B."""
-        return self.budget + self.block
-
-    @property
-    def bytes(self) -> int:
-        """Keys and values of all layers, with their scales."""
-        row = self.head_dim * CACHE_DTYPES[self.dtype].itemsize + (4 if self.dtype == "int8" else 0)
-        return 2 * self.layers * self.kv_heads * self.slots * row
 
 
 @dataclass
@@ -271,7 +243,7 @@ class SlotCache:
 
     def _packed(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         """Keys and values [H, T, d] as the cache stores them; int8 with a scale a row, whose largest becomes 127."""
-        dtype = CACHE_DTYPES[self.shape.dtype]
+        dtype = stored_dtype(self.shape)
         if dtype is not torch.int8:
             return {"keys": self.ops.pack(key, dtype), "values": self.ops.pack(value, dtype)}
         packed, scales = [], []
@@ -461,9 +433,14 @@ class SlotCache:
         return source, torch.where(freed > 0, slot, nowhere)
 
 
+def stored_dtype(shape: CacheShape) -> torch.dtype:
+    """What keys and values are stored as."""
+    return {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}[shape.dtype]
+
+
 def new_layers(shape: CacheShape, policy: Policy, ops: SlotOps) -> list[LayerSlots]:
     """Empty state for every layer."""
-    heads, slots, dtype = shape.kv_heads, shape.slots, CACHE_DTYPES[shape.dtype]
+    heads, slots, dtype = shape.kv_heads, shape.slots, stored_dtype(shape)
     keeps_state = policy.slot_state(torch.zeros(heads, 1, shape.head_dim)) is not None
     return [
         LayerSlots(

@@ -11,7 +11,7 @@ import yaml
 from .errors import UserError
 from .policies import Policy, make_policy
 from .quantize import QUANTS
-from .slots import CACHE_DTYPES
+from .shape import CACHE_DTYPES
 
 CARD_FILE = "spec.yaml"
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from keydiff_export.policies import Policy
 from keydiff_export.reference import Reference
-from keydiff_export.slots import CacheShape, SlotCache, TorchOps, new_layers
+from keydiff_export.shape import CacheShape
+from keydiff_export.slots import SlotCache, TorchOps, new_layers
 
 
 @dataclass

@@ -18,7 +18,7 @@ from keydiff_export.models import LoadedModel
 from keydiff_export.parity import compare_logits, run_reference
 from keydiff_export.policies import make_policy
 from keydiff_export.reference import Reference
-from keydiff_export.slots import CacheShape
+from keydiff_export.shape import CacheShape
 from keydiff_export.spec import ExportSpec
 
 BUDGET, BLOCK = 16, 8

@@ -11,10 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import build_model
 
+import keydiff_export
 from keydiff_export.cli import main
+from keydiff_export.commands.run import open_runner
 
 RESULT_FIELDS = {
     "prompt_tokens",
@@ -356,3 +359,21 @@ def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         main(["export", "--budget", "many"])
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_onnx_runs_without_torch(folder: Path) -> None:
+    """Importing torch alone takes longer and more memory than all of a small model's run."""
+    code = (
+        "import sys; from keydiff_export.cli import main; "
+        f"code = main(['run', {str(folder)!r}, '--runtime', 'onnxruntime', '--prompt', 'hello', '--raw', "
+        "'--max-new-tokens', '2']); sys.exit(code or ('torch' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+def test_a_runner_that_holds_one_method_answers_the_same(folder: Path) -> None:
+    opened = keydiff_export.load(folder)
+    artifact = opened.artifact_for("onnxruntime")
+    lean, resident = open_runner(opened, artifact, resident=False), open_runner(opened, artifact)
+    for step in ([1, 2, 3, 4], [5], [6], [7, 8, 9], [10]):
+        np.testing.assert_array_equal(lean.step(step), resident.step(step))

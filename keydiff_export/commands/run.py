@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..generate import Result, Sampling, check_context, encode_prompt, generate
 from ..manifest import OutputFolder
-from ..models import load_model
 from ..runtime import open_artifact
 from ..runtime.base import Runner
-from ..runtime.eager import EagerRunner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RUNTIMES = ("executorch", "onnxruntime", "eager")
 
 
-def open_runner(folder: OutputFolder, artifact: dict[str, Any], threads: int | None = None) -> Runner:
-    """A runner for one artifact of a folder."""
+def open_runner(
+    folder: OutputFolder, artifact: dict[str, Any], threads: int | None = None, resident: bool = True
+) -> Runner:
+    """A runner for one artifact of a folder; `resident` as in `runtime.open_artifact`."""
     shape = folder.shape
     place = folder.path / artifact["target"]
-    return open_artifact(place, artifact["runtime"], shape.budget, shape.block, threads, shape.evict_every)
+    return open_artifact(place, artifact["runtime"], shape.budget, shape.block, threads, shape.evict_every, resident)
 
 
 def open_runtime(folder: OutputFolder, runtime: str | None, threads: int | None = None) -> Runner:
@@ -33,22 +34,28 @@ def open_runtime(folder: OutputFolder, runtime: str | None, threads: int | None 
         UserError: the folder has no artifact for it, or the original model is gone or changed.
     """
     if runtime == "eager":
+        from ..models import load_model
+        from ..runtime.eager import EagerRunner
+
         loaded = load_model(folder.manifest["model"]["source"])
         if loaded.weights_sha256 != folder.manifest["model"]["weights_sha256"]:
             raise UserError(f"{loaded.source!r} is not the model that {folder.path} was exported from (weights differ)")
         return EagerRunner(loaded.model, folder.policy, folder.shape)
     artifact = folder.artifacts[0] if runtime is None else folder.artifact_for(runtime)
-    return open_runner(folder, artifact, threads)
+    # One prompt is read and answered, so the methods change once.
+    return open_runner(folder, artifact, threads, resident=False)
 
 
 def load_tokenizer(folder: OutputFolder) -> PreTrainedTokenizerBase:
-    """The folder's own tokenizer.
+    """The folder's own tokenizer, without torch: AutoTokenizer would import it.
 
     Raises:
         UserError: not loadable, or it has more tokens than the model.
     """
+    from transformers import PreTrainedTokenizerFast
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.path)
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder.path)
     except Exception as error:  # tokenizers raises plain Exception on a bad file
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder.path / 'tokenizer.json'} cannot be loaded: {reason}") from error
@@ -93,7 +100,7 @@ def run_prompt(
     tokenizer = load_tokenizer(folder)
     prompt = encode_prompt(tokenizer, text, raw, folder.manifest.get("system_prompt"))
     needed = len(prompt) + max_new_tokens
-    if not folder.policy.evicts and needed > folder.shape.budget:
+    if not folder.evicts and needed > folder.shape.budget:
         raise UserError(
             f"policy full holds {folder.shape.budget} tokens and prompt and answer need {needed}: "
             "export with a larger --budget or another --policy"

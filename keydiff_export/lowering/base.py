@@ -14,7 +14,7 @@ from torch import nn
 
 from ..policies import Policy
 from ..quantize import Activation
-from ..slots import CacheShape
+from ..shape import CacheShape
 
 
 @dataclass

@@ -19,7 +19,8 @@ from ..graph import StaticGraph
 from ..policies import Policy
 from ..quantize import Activation
 from ..runtime.base import SNAPSHOT
-from ..slots import CacheShape, LayerSlots, new_layers
+from ..shape import CacheShape
+from ..slots import LayerSlots, new_layers
 from .base import Lowered, Phases, Target
 from .executorch_ops import ExecuTorchOps
 from .rewrites import drop_provenance, lazy_code, rank_changes_to_reshapes, reductions_to_linear, shallow_provenance

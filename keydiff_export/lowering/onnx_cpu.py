@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..graph import StaticGraph
 from ..policies import Policy
 from ..quantize import Activation, twin
-from ..slots import SLOTTED, CacheShape, LayerSlots, new_layers
+from ..shape import CacheShape
+from ..slots import SLOTTED, LayerSlots, new_layers
 from .base import Lowered, Phases, Target
 from .onnx_ops import OnnxOps
 

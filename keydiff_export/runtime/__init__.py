@@ -8,9 +8,23 @@ from .base import Runner
 
 
 def open_artifact(
-    place: Path, runtime: str, budget: int, block: int, threads: int | None = None, evict_every: int = 1
+    place: Path,
+    runtime: str,
+    budget: int,
+    block: int,
+    threads: int | None = None,
+    evict_every: int = 1,
+    resident: bool = True,
 ) -> Runner:
-    """A runner for the artifact in a folder: N, B, CPU threads (all cores by default), and k.
+    """A runner for the artifact in a folder.
+
+    Args:
+        place: the artifact's folder.
+        runtime: executorch or onnxruntime.
+        budget, block: N and B of the graph.
+        threads: CPU threads, all cores by default.
+        evict_every: k of the graph.
+        resident: keep all methods loaded; without it ONNX Runtime holds the weights of one at a time.
 
     Raises:
         UserError: the runtime's package is missing, or it refuses the artifact.
@@ -21,4 +35,4 @@ def open_artifact(
         return ExecuTorchRunner(place / "model.pte", budget, block, threads, evict_every)
     from .onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(place, budget, block, threads, evict_every)
+    return OnnxRuntimeRunner(place, budget, block, threads, evict_every, resident)

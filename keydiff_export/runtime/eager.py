@@ -7,7 +7,7 @@ import torch
 
 from ..policies import Policy
 from ..reference import Reference
-from ..slots import CacheShape
+from ..shape import CacheShape
 from .base import Logits, Runner, Snapshot, make_snapshot
 
 
