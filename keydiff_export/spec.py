@@ -27,7 +27,12 @@ class ExportSpec:
         quant: none, 8da4w, int4 or int8.
         targets: where the graph is lowered to.
         sqnr_floor: least SQNR in dB against the float32 model that `validate` accepts for a quantised artifact.
+        jaccard_floor, token_floor: the same for the mean Jaccard of kept sets and the share of equal greedy tokens, of
+            NPU targets, which are held to the float32 model.
         system_prompt: text that opens every chat; its tokens are pinned. None for no system prompt.
+        soc: chip that NPU targets are compiled for.
+        compile: NPU targets also write what a phone loads.
+        calibration: text file or folder that quantised NPU targets are calibrated with; a built-in text without it.
         name: name of the card, or of the model.
     """
 
@@ -38,7 +43,12 @@ class ExportSpec:
     quant: str = "none"
     targets: tuple[str, ...] = ("executorch-xnnpack", "onnx-cpu")
     sqnr_floor: float | None = None
+    jaccard_floor: float | None = None
+    token_floor: float | None = None
     system_prompt: str | None = None
+    soc: str = "SM8650"
+    compile: bool = False
+    calibration: str | None = None
     name: str = ""
 
     def __post_init__(self) -> None:

@@ -61,6 +61,8 @@ def export_model(
         with phases.phase("quantise"):
             model = quantize(loaded.model, spec.quant)
         shape = loaded.cache_shape(spec.budget, spec.block)
+        for target in targets:
+            target.prepare(spec, loaded)
         cache_bytes = 2 * shape.layers * shape.kv_heads * shape.slots * shape.head_dim * 4
         artifacts = []
         for target in targets:
@@ -77,6 +79,7 @@ def export_model(
                     "methods": lowered.methods,
                     "cache_bytes": cache_bytes,
                     "planned_memory_bytes": lowered.planned_memory_bytes,
+                    **target.extra(spec),
                 }
             )
         manifest = {

@@ -12,17 +12,26 @@ from ..errors import UserError
 from ..generate import Result, Sampling, check_context, encode_prompt, generate
 from ..manifest import OutputFolder
 from ..models import load_model
+from ..qnn_sdk import soc
 from ..runtime import open_artifact
 from ..runtime.base import Runner
 from ..runtime.eager import EagerRunner
+from ..runtime.qnn import open_qnn
 
-RUNTIMES = ("executorch", "onnxruntime", "eager")
+RUNTIMES = ("executorch", "onnxruntime", "executorch-qnn", "onnx-qnn", "eager")
 
 
 def open_runner(folder: OutputFolder, artifact: dict[str, Any], threads: int | None = None) -> Runner:
-    """A runner for one artifact of a folder."""
-    shape = folder.shape
-    return open_artifact(folder.path / artifact["target"], artifact["runtime"], shape.budget, shape.block, threads)
+    """A runner for one artifact of a folder; NPU artifacts run on an emulator, each in a process of its own.
+
+    Raises:
+        UserError: the runtime is missing, or refuses the artifact.
+        CrashError: an NPU runtime's process died.
+    """
+    place, shape = folder.path / artifact["target"], folder.shape
+    if artifact["runtime"].endswith("-qnn"):
+        return open_qnn(artifact["runtime"], place, shape, folder.policy, soc(artifact["soc"]))
+    return open_artifact(place, artifact["runtime"], shape.budget, shape.block, threads)
 
 
 def open_runtime(folder: OutputFolder, runtime: str | None, threads: int | None = None) -> Runner:

@@ -54,7 +54,7 @@ class OnnxCpu(Target):
         arguments = {"prefill": (block, one, one + 1), "decode": (block[:, :1], one)}
         models: dict[str, ir.Model] = {}
         for method, tensors in arguments.items():
-            with phases.phase(f"onnx-cpu: trace {method}"), _quiet():
+            with phases.phase(f"onnx-cpu: trace {method}"), quiet_exporter():
                 models[method] = _export(graph, method, tensors)
         with phases.phase("onnx-cpu: write"):
             write_models(models, folder)
@@ -147,7 +147,7 @@ def _io(values: Any) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silences the exporter's notes, which a user can do nothing about."""
     for name in ("onnxscript", "torch.onnx._internal.exporter._registration"):
         logging.getLogger(name).setLevel(logging.ERROR)

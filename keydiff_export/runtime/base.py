@@ -51,6 +51,9 @@ class Runner(ABC):
         self.seen += len(tokens)
         return logits
 
+    def close(self) -> None:  # noqa: B027
+        """Frees what the runner holds outside this process."""
+
     @property
     def held(self) -> int:
         """Tokens held a layer and KV head."""
