@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = verbs.add_parser("inspect", help="methods, slots, memory plan, operators and delegation")
     inspect.add_argument("folder", type=Path)
+    inspect.add_argument("--delegation", action="store_true", help="what eviction adds to every lowered graph")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(verb=_inspect)
 
@@ -113,7 +114,12 @@ def _parser() -> argparse.ArgumentParser:
         ("policies", "eviction policies"),
         ("targets", "targets"),
     ):
-        verbs.add_parser(name, help=text).set_defaults(verb=_list, what=name)
+        listing = verbs.add_parser(name, help=text)
+        listing.set_defaults(verb=_list, what=name, attempt=False)
+        if name == "targets":
+            listing.add_argument(
+                "--attempt", action="store_true", help="also lower the NPU graph for every other delegate of ExecuTorch"
+            )
     return parser
 
 
@@ -276,6 +282,13 @@ def _inspect(options: argparse.Namespace) -> int:
     from .inspection import inspect_folder
     from .manifest import open_folder
 
+    if options.delegation:
+        from .commands.delegation import delegation_table, price_eviction
+
+        _disable_library_bars()
+        priced = price_eviction(open_folder(options.folder))
+        print(json.dumps(priced, indent=2) if options.json else delegation_table(priced))
+        return 0
     report = inspect_folder(open_folder(options.folder))
     print(json.dumps(report, indent=2) if options.json else inspection_table(report))
     return 0 if all(artifact["constant_memory"] for artifact in report["artifacts"]) else 1
@@ -357,6 +370,12 @@ def _list(options: argparse.Namespace) -> int:
                 print(f"{name:<22}{target.summary}; --quant {', '.join(target.quants)}")
             except UserError as error:
                 print(f"{name:<22}not available: {error}")
+        if options.attempt:
+            from .commands.attempts import BACKENDS, attempt
+
+            for backend in BACKENDS:
+                found = attempt(backend)
+                print(f"{backend:<22}{found.verdict}: {found.detail}", flush=True)
     return 0
 
 

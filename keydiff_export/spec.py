@@ -10,7 +10,7 @@ import yaml
 
 from .errors import UserError
 from .policies import Policy, make_policy
-from .quantize import QUANTS
+from .quantize import QUANTS, REFUSED_QUANTS
 
 CARD_FILE = "spec.yaml"
 
@@ -60,6 +60,8 @@ class ExportSpec:
             raise UserError(
                 f"block {self.block} is larger than budget {self.budget}: choose a block of at most the budget"
             )
+        if self.quant in REFUSED_QUANTS:
+            raise UserError(f"--quant {self.quant}: {REFUSED_QUANTS[self.quant]}")
         if self.quant not in QUANTS:
             raise UserError(f"unknown quantisation {self.quant!r}: choose one of {', '.join(QUANTS)}")
         if not self.targets:

@@ -232,6 +232,8 @@ def test_unknown_chips_and_policies_are_refused_before_any_work(tiny_folder: Pat
     spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": "sink"}, quant="fp16", targets=("onnx-qnn",))
     with pytest.raises(UserError, match="policy sink cannot be ordered"):
         keydiff_export.export(spec, tmp_path / "b", validate=False)
+    with pytest.raises(UserError, match="8-bit activations lose the kept set"):
+        ExportSpec(str(tiny_folder), BUDGET, BLOCK, quant="8a8w", targets=("executorch-qnn",))
     assert list(tmp_path.iterdir()) == []
 
 
