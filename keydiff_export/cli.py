@@ -79,9 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt-file", type=Path, help="UTF-8 text; standard input without it")
     source.add_argument("--prompt", help="the prompt itself")
     run.add_argument("--max-new-tokens", type=int, default=128)
-    run.add_argument(
-        "--runtime", help="executorch, onnxruntime, executorch-qnn, onnx-qnn or eager; default: the first artifact's"
-    )
+    run.add_argument("--runtime", choices=RUNTIMES, help="default: the first artifact's")
     run.add_argument("--raw", action="store_true", help="no chat template")
     run.add_argument("--temperature", type=float, default=0.0)
     run.add_argument("--top-p", type=float, default=1.0)

@@ -6,12 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .isolated import run_isolated
-from .manifest import OutputFolder
-from .models import load_model
-from .npu_slots import HostStep, NpuStep, new_npu_layers
 from .qnn_sdk import Soc, find_sdk, soc
 
 
@@ -45,20 +40,6 @@ def inspect_npu(place: Path, artifact: dict[str, Any], programs: dict[str, dict[
             found = run_isolated(_assignment, place / f"{name}.onnx", soc(artifact["soc"]), environment=environment)
             facts["delegates"], facts["kernels_outside_delegates"] = found
     return programs
-
-
-def traced_operators(folder: OutputFolder) -> dict[str, int]:
-    """Operators of an NPU folder's graphs as they are traced, before the runtime takes them into its one delegate."""
-    loaded = load_model(folder.manifest["model"]["source"])
-    examples = {}
-    for method, length in (("prefill", folder.shape.block), ("decode", 1)):
-        host = HostStep(loaded.model, folder.shape, folder.policy, length)
-        examples[method] = host(*(torch.ones(shape, dtype=torch.int64) for shape in ((1, length), (1,), (1,))))
-    step = NpuStep(loaded.model, folder.shape, folder.policy).eval()
-    state = [t for layer in new_npu_layers(folder.shape, folder.policy) for t in layer.tensors().values()]
-    with torch.no_grad():
-        programs = {m: torch.export.export(step, (*inputs, *state), strict=False) for m, inputs in examples.items()}
-    return {m: sum(n.op == "call_function" for n in program.graph.nodes) for m, program in programs.items()}
 
 
 def _assignment(file: Path, chip: Soc) -> tuple[dict[str, int], dict[str, int]]:

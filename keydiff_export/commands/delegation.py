@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..inspection import inspect_folder
 from ..manifest import OutputFolder
 from ..models import LoadedModel, load_model
-from ..npu_inspection import traced_operators
+from ..npu_slots import HostStep, NpuStep, new_npu_layers
 from ..spec import ExportSpec
 from .export import export_model
 
@@ -85,7 +87,7 @@ def _measure(spec: ExportSpec, place: Path) -> dict[str, Any]:
     """{"bytes": n, method: {"operators", "delegates"}} of an export."""
     exported = export_model(spec, place, validate=False)
     artifact = inspect_folder(exported)["artifacts"][0]
-    inside = traced_operators(exported) if exported.artifacts[0]["runtime"].endswith("-qnn") else {}
+    inside = _traced_operators(exported) if exported.artifacts[0]["runtime"].endswith("-qnn") else {}
     methods = {
         name: {
             "operators": inside.get(name, 0)
@@ -97,6 +99,20 @@ def _measure(spec: ExportSpec, place: Path) -> dict[str, Any]:
         if name in ("prefill", "decode")
     }
     return {"bytes": artifact["bytes"], **methods}
+
+
+def _traced_operators(folder: OutputFolder) -> dict[str, int]:
+    """Operators of an NPU folder's graphs as they are traced, before the runtime takes them into its one delegate."""
+    loaded = load_model(folder.manifest["model"]["source"])
+    examples = {}
+    for method, length in (("prefill", folder.shape.block), ("decode", 1)):
+        host = HostStep(loaded.model, folder.shape, folder.policy, length)
+        examples[method] = host(*(torch.ones(shape, dtype=torch.int64) for shape in ((1, length), (1,), (1,))))
+    step = NpuStep(loaded.model, folder.shape, folder.policy).eval()
+    state = [t for layer in new_npu_layers(folder.shape, folder.policy) for t in layer.tensors().values()]
+    with torch.no_grad():
+        programs = {m: torch.export.export(step, (*inputs, *state), strict=False) for m, inputs in examples.items()}
+    return {m: sum(n.op == "call_function" for n in program.graph.nodes) for m, program in programs.items()}
 
 
 def delegation_table(report: dict[str, Any]) -> str:

@@ -18,8 +18,6 @@ from ..runtime.base import Runner
 from ..runtime.eager import EagerRunner
 from ..runtime.qnn import open_qnn
 
-RUNTIMES = ("executorch", "onnxruntime", "executorch-qnn", "onnx-qnn", "eager")
-
 
 def open_runner(folder: OutputFolder, artifact: dict[str, Any], threads: int | None = None) -> Runner:
     """A runner for one artifact of a folder; NPU artifacts run on an emulator, each in a process of its own.
