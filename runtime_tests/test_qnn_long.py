@@ -1,4 +1,4 @@
-"""The demo model on the HTP emulator: its first layers by both roads and every scheme, and the whole of it in float16."""
+"""The demo model on the HTP emulator: first layers by both roads and every scheme, and the whole in float16."""
 
 from __future__ import annotations
 
