@@ -28,6 +28,7 @@ from keydiff_export.policies.keydiff import KeyDiff
 from keydiff_export.qnn_sdk import SOCS, find_sdk, soc
 from keydiff_export.reference import Reference
 from keydiff_export.spec import ExportSpec
+from keydiff_export.text import long_text
 
 BUDGET, BLOCK = 16, 8
 TARGETS = ("executorch-qnn", "onnx-qnn")
@@ -37,8 +38,8 @@ TARGETS = ("executorch-qnn", "onnx-qnn")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibration text that meets every letter of the tiny tokenizer, in no order."""
     file = tmp_path_factory.mktemp("text") / "letters.txt"
-    letters = np.random.default_rng(4).integers(32, 0x250, 4000)
-    file.write_text("".join(map(chr, letters)), encoding="utf-8")
+    letters = np.random.default_rng(4).integers(32, 0x250, 700)
+    file.write_text(long_text()[:800] + "".join(map(chr, letters)), encoding="utf-8")
     return file
 
 

@@ -78,7 +78,9 @@ class QnnTarget(Target):
         check_policy(spec.make_policy(), spec.budget, spec.block, quantised=spec.quant != "fp16")
         if spec.quant != "fp16":
             text = read_texts(None if spec.calibration is None else Path(spec.calibration))
-            self._tokens = loaded.tokenizer(text)["input_ids"][: enough(spec.budget, spec.block)]
+            tokens = loaded.tokenizer(text)["input_ids"]
+            # A text of the user's is read to its end, the built-in one as far as it helps.
+            self._tokens = tokens if spec.calibration is not None else tokens[: enough(spec.budget, spec.block)]
 
     def extra(self, spec: ExportSpec) -> dict[str, Any]:
         return {"soc": spec.soc, "jaccard_floor": spec.jaccard_floor, "token_floor": spec.token_floor}
