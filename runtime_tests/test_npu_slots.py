@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model, random_tokens
-from torch import nn
 
 from keydiff_export.calibration import calibrate, calibration_runs, enough, read_texts
 from keydiff_export.errors import UserError
 from keydiff_export.models import LoadedModel, load_model
 from keydiff_export.npu_slots import FusedNorm, HostStep, NpuStep, check_policy, fuse_norms
 from keydiff_export.parity import FLOAT_TIE
-from keydiff_export.policies import make_policy
+from keydiff_export.policies import Policy, SlotView, make_policy
+from keydiff_export.policies.sink import Sink
 from keydiff_export.reference import Reference
 from keydiff_export.runtime.npu import NpuRunner, TorchEngine
 
@@ -27,30 +27,17 @@ LENGTHS = {
 }
 
 
-class Converted(nn.Module):
-    """A step whose floating-point inputs are converted first."""
-
-    def __init__(self, step: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.step, self.dtype = step.to(dtype), dtype
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.step(*(t.to(self.dtype) if t.is_floating_point() else t for t in tensors))
-
-
-def npu_runner(loaded: LoadedModel, name: str, dtype: torch.dtype = torch.float32, **parameters: object) -> NpuRunner:
-    policy = make_policy(name, **parameters)
+def npu_runner(loaded: LoadedModel, policy: Policy) -> NpuRunner:
     shape = loaded.cache_shape(BUDGET, BLOCK)
     model = copy.deepcopy(loaded.model)
     hosts = {m: HostStep(model, shape, policy, length) for m, length in (("prefill", BLOCK), ("decode", 1))}
-    step = NpuStep(copy.deepcopy(model), shape, policy).eval()
-    steps = dict.fromkeys(("prefill", "decode"), Converted(step, dtype))
-    return NpuRunner(TorchEngine(hosts, steps, shape, policy), shape, len(step.names))
+    step = NpuStep(model, shape, policy).eval()
+    return NpuRunner(TorchEngine(hosts, {"prefill": step, "decode": step}, shape, policy), shape, len(step.names))
 
 
 def follows(loaded: LoadedModel, name: str, lengths: list[int], **parameters: object) -> None:
-    runner = npu_runner(loaded, name, **parameters)  # type: ignore[arg-type]
-    reference = Reference(loaded.model, make_policy(name, **parameters), BUDGET, BLOCK)
+    policy = make_policy(name, **parameters)
+    runner, reference = npu_runner(loaded, policy), Reference(loaded.model, policy, BUDGET, BLOCK)
     tokens = random_tokens(sum(lengths), loaded.model.config.vocab_size)
     for length in lengths:
         block = tokens[reference.seen : reference.seen + length]
@@ -99,7 +86,7 @@ def test_every_architecture(architecture: str, tmp_path_factory: pytest.TempPath
 
 
 def test_reset_starts_over(tiny: LoadedModel) -> None:
-    runner = npu_runner(tiny, "keydiff")
+    runner = npu_runner(tiny, make_policy("keydiff"))
     tokens = random_tokens(60, tiny.model.config.vocab_size)
     first = [runner.step(tokens[i : i + 8]) for i in range(0, 32, 8)]
     runner.reset()
@@ -109,7 +96,7 @@ def test_reset_starts_over(tiny: LoadedModel) -> None:
 
 def test_padding_reaches_nothing(tiny: LoadedModel) -> None:
     """A block's unused rows may hold any token: neither logits nor caches change."""
-    runners = [npu_runner(tiny, "keydiff") for _ in range(2)]
+    runners = [npu_runner(tiny, make_policy("keydiff")) for _ in range(2)]
     tokens = random_tokens(29, tiny.model.config.vocab_size)
     for padding, runner in enumerate(runners):
         for first in (0, 8, 16):
@@ -133,14 +120,23 @@ def test_fused_norms_equal_the_models_own(tiny: LoadedModel) -> None:
     torch.testing.assert_close(fused(x), expected)
 
 
+class HalfSink(Sink):
+    """Scores rounded as an NPU rounds them."""
+
+    def score(self, view: SlotView) -> torch.Tensor:
+        return super().score(view).to(torch.float16).to(torch.float32)
+
+
 def test_sinks_are_ordered_in_16_bits_beyond_their_whole_numbers(tiny: LoadedModel) -> None:
     """float16 tells 2,047 and 2,048 apart, but not 2,048 and 2,049."""
-    runner = npu_runner(tiny, "sink", dtype=torch.float16)
-    tokens = random_tokens(2200, tiny.model.config.vocab_size)
-    for length in [8] * 260 + [5] + [1] * 20 + [8] * 5:
-        runner.step(tokens[runner.seen : runner.seen + length])
-        newest = runner.seen - 1
-        expected = {*range(4), *range(newest - BUDGET + 5, newest + 1)} if newest >= BUDGET else {*range(runner.seen)}
+    runner = npu_runner(tiny, HalfSink())
+    runner.seen = 2030
+    for positions in runner.state[2 :: runner.state_size]:
+        positions[:] = torch.tensor([*range(4), *range(runner.seen - 12, runner.seen)])
+    tokens = random_tokens(100, tiny.model.config.vocab_size)
+    for length in [8] * 3 + [5] + [1] * 5 + [8] * 2:
+        runner.step(tokens[:length])
+        expected = {*range(4), *range(runner.seen - BUDGET + 4, runner.seen)}
         assert runner.snapshot().held == [[expected] * 2] * 2, f"after {runner.seen} tokens"
 
 
@@ -198,7 +194,7 @@ def test_calibration_text_that_is_too_short_or_unreadable(tmp_path: object) -> N
 
 
 def test_calibration_steps_the_runner_from_a_fresh_cache_each_run(tiny: LoadedModel) -> None:
-    runner, read = npu_runner(tiny, "keydiff"), []
+    runner, read = npu_runner(tiny, make_policy("keydiff")), []
     calibrate(runner, [[[5, 6, 7], [8]], [[9], [10]]], read.append)
     assert read == [3, 1, 1, 1]
     assert runner.seen == 2
