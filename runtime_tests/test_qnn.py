@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -43,10 +43,36 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def export_npu(model: Path, output: Path, target: str, quant: str, **fields: object) -> OutputFolder:
-    policy = {"name": "keydiff", "recent": 0.2}
-    spec = ExportSpec(str(model), BUDGET, BLOCK, policy, quant=quant, targets=(target,), **fields)  # type: ignore[arg-type]
+KEYDIFF = {"name": "keydiff", "recent": 0.2}
+# Every kind of step: while the cache fills, blocks, a partial one, generation, a second prompt.
+LENGTHS = [3, 1, 2, 1] + [8] * 5 + [5] + [1] * 12 + [8, 3] + [1] * 3
+
+
+def export_npu(
+    model: Path, output: Path, target: str, quant: str, policy: dict[str, Any] = KEYDIFF, **fields: Any
+) -> OutputFolder:
+    spec = ExportSpec(str(model), BUDGET, BLOCK, policy, quant=quant, targets=(target,), **fields)
     return keydiff_export.export(spec, output, validate=False)
+
+
+def sqnr_to_reference(tiny: LoadedModel, folder: OutputFolder, lengths: list[int]) -> float:
+    """Steps an artifact and the reference; kept sets must be equal but for near ties. Returns SQNR in dB."""
+    runner = open_runner(folder, folder.artifacts[0])
+    reference = Reference(tiny.model, folder.policy, BUDGET, BLOCK)
+    tokens = random_tokens(sum(lengths), tiny.model.config.vocab_size)
+    noise = signal = 0.0
+    for length in lengths:
+        block = tokens[reference.seen : reference.seen + length]
+        found, expected = runner.step(block), reference.step(block).numpy()
+        noise, signal = noise + float(((found - expected) ** 2).sum()), signal + float((expected**2).sum())
+        for layer, heads in enumerate(runner.snapshot().held):
+            for head, theirs in enumerate(heads):
+                ours = reference.held()[layer][head]
+                if ours != theirs:
+                    assert reference.score_gap(layer, head, ours - theirs, theirs - ours) < 2e-3
+                    reference.follow(layer, head, theirs)
+    runner.close()
+    return float(10 * np.log10(signal / noise))
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +85,22 @@ def fp16(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_float16_equals_the_reference_on_the_emulator(
     tiny: LoadedModel, fp16: dict[str, OutputFolder], target: str
 ) -> None:
-    """Every kind of step: while the cache fills, blocks, a partial one, generation, a second prompt."""
-    folder = fp16[target]
-    runner = open_runner(folder, folder.artifacts[0])
-    reference = Reference(tiny.model, folder.policy, BUDGET, BLOCK)
-    tokens = random_tokens(300, tiny.model.config.vocab_size)
-    noise = signal = 0.0
-    for length in [3, 1, 2, 1] + [8] * 5 + [5] + [1] * 12 + [8, 3] + [1] * 3:
-        block = tokens[reference.seen : reference.seen + length]
-        found, expected = runner.step(block), reference.step(block).numpy()
-        noise, signal = noise + float(((found - expected) ** 2).sum()), signal + float((expected**2).sum())
-        for layer, heads in enumerate(runner.snapshot().held):
-            for head, theirs in enumerate(heads):
-                ours = reference.held()[layer][head]
-                if ours != theirs:
-                    assert reference.score_gap(layer, head, ours - theirs, theirs - ours) < 2e-3
-                    reference.follow(layer, head, theirs)
-    runner.close()
-    assert 10 * np.log10(signal / noise) > 40
+    assert sqnr_to_reference(tiny, fp16[target], LENGTHS) > 40
+
+
+@pytest.mark.parametrize(
+    ("target", "policy"),
+    [
+        ("executorch-qnn", {"name": "sink", "sinks": 2, "recent": 0.2, "pinned": 3}),
+        ("onnx-qnn", {"name": "sink"}),
+        ("onnx-qnn", {"name": "knorm", "recent": 0.2, "pinned": 3}),
+    ],
+)
+def test_other_policies_on_the_emulator(
+    tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, target: str, policy: dict[str, Any]
+) -> None:
+    folder = export_npu(tiny_folder, tmp_path / "out", target, "fp16", policy)
+    assert sqnr_to_reference(tiny, folder, LENGTHS) > 40
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -230,8 +254,8 @@ def test_unknown_chips_and_policies_are_refused_before_any_work(tiny_folder: Pat
     assert set(SOCS) == {"SM8650", "SM8750", "SM8850"}
     with pytest.raises(UserError, match="unknown SoC 'SM1'"):
         export_npu(tiny_folder, tmp_path / "a", "executorch-qnn", "fp16", soc="SM1")
-    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": "sink"}, quant="fp16", targets=("onnx-qnn",))
-    with pytest.raises(UserError, match="policy sink cannot be ordered"):
+    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": "tova"}, quant="fp16", targets=("onnx-qnn",))
+    with pytest.raises(UserError, match="policy tova cannot be ordered"):
         keydiff_export.export(spec, tmp_path / "b", validate=False)
     with pytest.raises(UserError, match="8-bit activations lose the kept set"):
         ExportSpec(str(tiny_folder), BUDGET, BLOCK, quant="8a8w", targets=("executorch-qnn",))
