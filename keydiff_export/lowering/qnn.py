@@ -79,8 +79,8 @@ class QnnTarget(Target):
         if spec.quant != "fp16":
             text = read_texts(None if spec.calibration is None else Path(spec.calibration))
             tokens = loaded.tokenizer(text)["input_ids"]
-            # A text of the user's is read to its end, the built-in one as far as it helps.
-            self._tokens = tokens if spec.calibration is not None else tokens[: enough(spec.budget, spec.block)]
+            # A text of the user's is read whole; of the built-in one, whose start parity reads, the end.
+            self._tokens = tokens if spec.calibration is not None else tokens[-enough(spec.budget, spec.block) :]
 
     def extra(self, spec: ExportSpec) -> dict[str, Any]:
         return {"soc": spec.soc, "jaccard_floor": spec.jaccard_floor, "token_floor": spec.token_floor}
