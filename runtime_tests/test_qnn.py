@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import random_tokens
+from conftest import NPU_TARGETS as TARGETS
+from conftest import export_npu, random_tokens
 from torch import Tensor
 
 import keydiff_export
@@ -31,7 +32,6 @@ from keydiff_export.spec import ExportSpec
 from keydiff_export.text import long_text
 
 BUDGET, BLOCK = 16, 8
-TARGETS = ("executorch-qnn", "onnx-qnn")
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +42,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-KEYDIFF = {"name": "keydiff", "recent": 0.2}
 # Every kind of step: while the cache fills, blocks, a partial one, generation, a second prompt.
 LENGTHS = [3, 1, 2, 1] + [8] * 5 + [5] + [1] * 12 + [8, 3] + [1] * 3
-
-
-def export_npu(
-    model: Path, output: Path, target: str, quant: str, policy: dict[str, Any] = KEYDIFF, **fields: Any
-) -> OutputFolder:
-    spec = ExportSpec(str(model), BUDGET, BLOCK, policy, quant=quant, targets=(target,), **fields)
-    return keydiff_export.export(spec, output, validate=False)
 
 
 def sqnr_to_reference(tiny: LoadedModel, folder: OutputFolder, lengths: list[int]) -> float:
@@ -74,17 +66,11 @@ def sqnr_to_reference(tiny: LoadedModel, folder: OutputFolder, lengths: list[int
     return float(10 * np.log10(signal / noise))
 
 
-@pytest.fixture(scope="module")
-def fp16(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, OutputFolder]:
-    root = tmp_path_factory.mktemp("qnn")
-    return {target: export_npu(tiny_folder, root / target, target, "fp16", compile=True) for target in TARGETS}
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_float16_equals_the_reference_on_the_emulator(
-    tiny: LoadedModel, fp16: dict[str, OutputFolder], target: str
+    tiny: LoadedModel, npu_fp16: dict[str, OutputFolder], target: str
 ) -> None:
-    assert sqnr_to_reference(tiny, fp16[target], LENGTHS) > 40
+    assert sqnr_to_reference(tiny, npu_fp16[target], LENGTHS) > 40
 
 
 @pytest.mark.parametrize(
@@ -102,12 +88,12 @@ def test_other_policies_and_another_chip(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_validate_runs_the_artifact(tiny: LoadedModel, fp16: dict[str, OutputFolder], target: str) -> None:
+def test_validate_runs_the_artifact(tiny: LoadedModel, npu_fp16: dict[str, OutputFolder], target: str) -> None:
     import jsonschema
 
     from keydiff_export.manifest import load_schema
 
-    report = validate_folder(fp16[target], tiny)
+    report = validate_folder(npu_fp16[target], tiny)
     jsonschema.validate(json.loads(json.dumps(report)), load_schema("parity"))
     artifact = report["artifacts"][0]
     assert artifact["passed"], artifact["gates"]
@@ -115,8 +101,8 @@ def test_validate_runs_the_artifact(tiny: LoadedModel, fp16: dict[str, OutputFol
     assert artifact["kept_slots"]["sets_compared"] == 4 * (6 + 32)
 
 
-def test_both_roads_compute_the_same(fp16: dict[str, OutputFolder]) -> None:
-    runners = [open_runner(folder, folder.artifacts[0]) for folder in fp16.values()]
+def test_both_roads_compute_the_same(npu_fp16: dict[str, OutputFolder]) -> None:
+    runners = [open_runner(folder, folder.artifacts[0]) for folder in npu_fp16.values()]
     tokens = random_tokens(40, 260)
     for length in (8, 8, 8, 1, 1):
         first, second = (runner.step(tokens[:length]) for runner in runners)
@@ -127,8 +113,8 @@ def test_both_roads_compute_the_same(fp16: dict[str, OutputFolder]) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_one_delegate_a_method(fp16: dict[str, OutputFolder], target: str) -> None:
-    methods = inspect_folder(fp16[target])["artifacts"][0]["methods"]
+def test_one_delegate_a_method(npu_fp16: dict[str, OutputFolder], target: str) -> None:
+    methods = inspect_folder(npu_fp16[target])["artifacts"][0]["methods"]
     for method in ("prefill", "decode"):
         assert sum(methods[method]["delegates"].values()) == 1
         assert methods[method]["kernels_outside_delegates"] == {}
@@ -137,18 +123,18 @@ def test_one_delegate_a_method(fp16: dict[str, OutputFolder], target: str) -> No
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_phone_loads_the_weights_once(fp16: dict[str, OutputFolder], target: str) -> None:
-    sizes = {file["path"]: file["bytes"] for file in fp16[target].artifacts[0]["files"]}
+def test_a_phone_loads_the_weights_once(npu_fp16: dict[str, OutputFolder], target: str) -> None:
+    sizes = {file["path"]: file["bytes"] for file in npu_fp16[target].artifacts[0]["files"]}
     shared = sum(size for path, size in sizes.items() if "/phone/" in path)
     apart = sizes["executorch-qnn/model.pte"] if target == "executorch-qnn" else 2 * 316_000
     assert shared < 0.7 * apart
 
 
-def test_epcontext_models_are_one_node_for_the_chip(fp16: dict[str, OutputFolder]) -> None:
+def test_epcontext_models_are_one_node_for_the_chip(npu_fp16: dict[str, OutputFolder]) -> None:
     import onnx
 
     for method in ("prefill", "decode"):
-        file = fp16["onnx-qnn"].path / "onnx-qnn" / "phone" / f"{method}.onnx"
+        file = npu_fp16["onnx-qnn"].path / "onnx-qnn" / "phone" / f"{method}.onnx"
         nodes = onnx.load(file, load_external_data=False).graph.node
         assert [(node.domain, node.op_type) for node in nodes] == [("com.microsoft", "EPContext")]
         attributes = {a.name: a.s.decode() for a in nodes[0].attribute if a.s}
@@ -156,10 +142,10 @@ def test_epcontext_models_are_one_node_for_the_chip(fp16: dict[str, OutputFolder
 
 
 def test_a_crash_is_a_failed_check_with_its_signal(
-    tiny: LoadedModel, fp16: dict[str, OutputFolder], monkeypatch: pytest.MonkeyPatch
+    tiny: LoadedModel, npu_fp16: dict[str, OutputFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("keydiff_export.runtime.qnn._load", _crash)
-    report = validate_folder(fp16["executorch-qnn"], tiny)
+    report = validate_folder(npu_fp16["executorch-qnn"], tiny)
     artifact = report["artifacts"][0]
     assert not artifact["passed"]
     assert artifact["gates"][0]["name"] == "runs without a crash (crashed with SIGSEGV)"
