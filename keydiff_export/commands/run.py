@@ -9,21 +9,34 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..generate import Result, Sampling, check_context, encode_prompt, generate
 from ..manifest import OutputFolder
+from ..qnn_sdk import soc
 from ..runtime import open_artifact
 from ..runtime.base import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RUNTIMES = ("executorch", "onnxruntime", "eager")
-
 
 def open_runner(
     folder: OutputFolder, artifact: dict[str, Any], threads: int | None = None, resident: bool = True
 ) -> Runner:
-    """A runner for one artifact of a folder; `resident` as in `runtime.open_artifact`."""
-    shape = folder.shape
-    place = folder.path / artifact["target"]
+    """A runner for one artifact of a folder; NPU artifacts run on an emulator, each in a process of its own.
+
+    Args:
+        folder: an opened output folder.
+        artifact: its entry in the manifest.
+        threads: CPU threads, all cores by default.
+        resident: as in `runtime.open_artifact`.
+
+    Raises:
+        UserError: the runtime is missing, or refuses the artifact.
+        CrashError: an NPU runtime's process died.
+    """
+    place, shape = folder.path / artifact["target"], folder.shape
+    if artifact["runtime"].endswith("-qnn"):
+        from ..runtime.qnn import open_qnn
+
+        return open_qnn(artifact["runtime"], place, shape, folder.policy, soc(artifact["soc"]))
     return open_artifact(place, artifact["runtime"], shape.budget, shape.block, threads, shape.evict_every, resident)
 
 

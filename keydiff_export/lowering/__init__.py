@@ -10,6 +10,8 @@ from .base import Lowered, Phases, Target
 _MODULES = {
     "executorch-xnnpack": ("executorch_xnnpack", "ExecuTorchXnnpack"),
     "onnx-cpu": ("onnx_cpu", "OnnxCpu"),
+    "executorch-qnn": ("executorch_qnn", "ExecuTorchQnn"),
+    "onnx-qnn": ("onnx_qnn", "OnnxQnn"),
 }
 TARGETS = tuple(_MODULES)
 

@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..models import LoadedModel
 from ..policies import Policy
 from ..quantize import Activation
 from ..shape import CacheShape
+from ..spec import ExportSpec
 
 
 @dataclass
@@ -59,6 +61,17 @@ class Target(ABC):
     @abstractmethod
     def activation(self, quant: str) -> Activation:
         """How this target's kernels round activations under a quantisation."""
+
+    def prepare(self, spec: ExportSpec, loaded: LoadedModel) -> None:  # noqa: B027
+        """Told of an export before `lower`; targets with options of their own read them here.
+
+        Raises:
+            UserError: an option or a policy that the target does not take.
+        """
+
+    def extra(self, spec: ExportSpec) -> dict[str, Any]:
+        """More that the manifest says of an artifact of this target."""
+        return {}
 
     @abstractmethod
     def lower(

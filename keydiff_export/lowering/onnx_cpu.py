@@ -52,7 +52,7 @@ class OnnxCpu(Target):
         graph = StaticGraph(module, shape, policy, OnnxOps())
         models: dict[str, ir.Model] = {}
         for method, examples in graph.methods().items():
-            with phases.phase(f"onnx-cpu: trace {method}"), _quiet():
+            with phases.phase(f"onnx-cpu: trace {method}"), quiet_exporter():
                 models[method] = _export(graph, method, examples)
         with phases.phase("onnx-cpu: write"):
             write_models(models, folder)
@@ -145,7 +145,7 @@ def _io(values: Any) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silences the exporter's notes, which a user can do nothing about."""
     for name in ("onnxscript", "torch.onnx._internal.exporter._registration"):
         logging.getLogger(name).setLevel(logging.ERROR)

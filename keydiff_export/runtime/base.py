@@ -82,6 +82,9 @@ class Runner(ABC):
             return "decode"
         return "decode_evicting" if self.staged + 1 == self.evict_every else "append"
 
+    def close(self) -> None:  # noqa: B027
+        """Frees what the runner holds outside this process."""
+
     @property
     def held(self) -> int:
         """Tokens held a layer and KV head."""

@@ -1,0 +1,260 @@
+"""Tiny models on Qualcomm's HTP emulator by both roads: one delegate a method, parity, crashes, calibration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from conftest import NPU_TARGETS as TARGETS
+from conftest import export_npu, random_tokens
+from torch import Tensor
+
+import keydiff_export
+from keydiff_export.cli import main
+from keydiff_export.commands.run import open_runner
+from keydiff_export.commands.validate import validate_folder
+from keydiff_export.errors import UserError
+from keydiff_export.inspection import inspect_folder
+from keydiff_export.isolated import run_isolated
+from keydiff_export.lowering.qnn import QnnJob, refuse_breaks
+from keydiff_export.manifest import OutputFolder
+from keydiff_export.models import LoadedModel
+from keydiff_export.policies import SlotView
+from keydiff_export.policies.keydiff import KeyDiff
+from keydiff_export.qnn_sdk import SOCS, find_sdk, soc
+from keydiff_export.reference import Reference
+from keydiff_export.spec import ExportSpec
+from keydiff_export.text import long_text
+
+BUDGET, BLOCK = 16, 8
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration text that parity does not read."""
+    file = tmp_path_factory.mktemp("text") / "prose.txt"
+    file.write_text(long_text()[1000:1600], encoding="utf-8")
+    return file
+
+
+# Every kind of step: while the cache fills, blocks, a partial one, generation, a second prompt.
+LENGTHS = [3, 1, 2, 1] + [8] * 5 + [5] + [1] * 12 + [8, 3] + [1] * 3
+
+
+def sqnr_to_reference(tiny: LoadedModel, folder: OutputFolder, lengths: list[int]) -> float:
+    """Steps an artifact and the reference; kept sets must be equal but for near ties. Returns SQNR in dB."""
+    runner = open_runner(folder, folder.artifacts[0])
+    reference = Reference(tiny.model, folder.policy, BUDGET, BLOCK)
+    tokens = random_tokens(sum(lengths), tiny.model.config.vocab_size)
+    noise = signal = 0.0
+    for length in lengths:
+        block = tokens[reference.seen : reference.seen + length]
+        found, expected = runner.step(block), reference.step(block).numpy()
+        noise, signal = noise + float(((found - expected) ** 2).sum()), signal + float((expected**2).sum())
+        for layer, heads in enumerate(runner.snapshot().held):
+            for head, theirs in enumerate(heads):
+                ours = reference.held()[layer][head]
+                if ours != theirs:
+                    assert reference.score_gap(layer, head, ours - theirs, theirs - ours) < 2e-3
+                    reference.follow(layer, head, theirs)
+    runner.close()
+    return float(10 * np.log10(signal / noise))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float16_equals_the_reference_on_the_emulator(
+    tiny: LoadedModel, npu_fp16: dict[str, OutputFolder], target: str
+) -> None:
+    assert sqnr_to_reference(tiny, npu_fp16[target], LENGTHS) > 40
+
+
+@pytest.mark.parametrize(
+    ("target", "policy"),
+    [
+        ("executorch-qnn", {"name": "sink", "sinks": 2, "recent": 0.2, "pinned": 3}),
+        ("onnx-qnn", {"name": "knorm", "recent": 0.2, "pinned": 3}),
+    ],
+)
+def test_other_policies_and_another_chip(
+    tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, target: str, policy: dict[str, Any]
+) -> None:
+    folder = export_npu(tiny_folder, tmp_path / "out", target, "fp16", policy, soc="SM8850")
+    assert sqnr_to_reference(tiny, folder, LENGTHS) > 40
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_validate_runs_the_artifact(tiny: LoadedModel, npu_fp16: dict[str, OutputFolder], target: str) -> None:
+    import jsonschema
+
+    from keydiff_export.manifest import load_schema
+
+    report = validate_folder(npu_fp16[target], tiny)
+    jsonschema.validate(json.loads(json.dumps(report)), load_schema("parity"))
+    artifact = report["artifacts"][0]
+    assert artifact["passed"], artifact["gates"]
+    assert (artifact["prompt_tokens"], artifact["greedy_tokens"]) == (48, 32)
+    assert artifact["kept_slots"]["sets_compared"] == 4 * (6 + 32)
+
+
+def test_both_roads_compute_the_same(npu_fp16: dict[str, OutputFolder]) -> None:
+    runners = [open_runner(folder, folder.artifacts[0]) for folder in npu_fp16.values()]
+    tokens = random_tokens(40, 260)
+    for length in (8, 8, 8, 1, 1):
+        first, second = (runner.step(tokens[:length]) for runner in runners)
+        np.testing.assert_allclose(first, second, atol=1e-3)
+        assert runners[0].snapshot().held == runners[1].snapshot().held
+    for runner in runners:
+        runner.close()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_delegate_a_method(npu_fp16: dict[str, OutputFolder], target: str) -> None:
+    methods = inspect_folder(npu_fp16[target])["artifacts"][0]["methods"]
+    for method in ("prefill", "decode"):
+        assert sum(methods[method]["delegates"].values()) == 1
+        assert methods[method]["kernels_outside_delegates"] == {}
+        assert methods[f"{method}_inputs"]["delegates"] == {}
+        assert methods[f"{method}_inputs"]["kernels_outside_delegates"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_phone_loads_the_weights_once(npu_fp16: dict[str, OutputFolder], target: str) -> None:
+    sizes = {file["path"]: file["bytes"] for file in npu_fp16[target].artifacts[0]["files"]}
+    shared = sum(size for path, size in sizes.items() if "/phone/" in path)
+    apart = sizes["executorch-qnn/model.pte"] if target == "executorch-qnn" else 2 * 316_000
+    assert shared < 0.7 * apart
+
+
+def test_epcontext_models_are_one_node_for_the_chip(npu_fp16: dict[str, OutputFolder]) -> None:
+    import onnx
+
+    for method in ("prefill", "decode"):
+        file = npu_fp16["onnx-qnn"].path / "onnx-qnn" / "phone" / f"{method}.onnx"
+        nodes = onnx.load(file, load_external_data=False).graph.node
+        assert [(node.domain, node.op_type) for node in nodes] == [("com.microsoft", "EPContext")]
+        attributes = {a.name: a.s.decode() for a in nodes[0].attribute if a.s}
+        assert attributes["ep_cache_context"] == "prefill_qnn.bin"
+
+
+def test_a_crash_is_a_failed_check_with_its_signal(
+    tiny: LoadedModel, npu_fp16: dict[str, OutputFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keydiff_export.runtime.qnn._load", _crash)
+    report = validate_folder(npu_fp16["executorch-qnn"], tiny)
+    artifact = report["artifacts"][0]
+    assert not artifact["passed"]
+    assert artifact["gates"][0]["name"] == "runs without a crash (crashed with SIGSEGV)"
+    assert artifact["kept_slots"] is None
+
+
+def _crash(*arguments: object) -> None:
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+@dataclass(frozen=True)
+class Breaking(KeyDiff):
+    """Scores by way of an operator that no NPU takes."""
+
+    name: ClassVar[str] = "keydiff"
+
+    def score(self, view: SlotView) -> Tensor:
+        return torch.erf(super().score(view))
+
+
+@pytest.mark.parametrize(("target", "operator"), [("executorch-qnn", "aten.erf.default"), ("onnx-qnn", "Erf")])
+def test_a_graph_that_breaks_is_refused_by_operator(
+    tiny: LoadedModel, tmp_path: Path, target: str, operator: str
+) -> None:
+    torch.save(tiny.model, tmp_path / "model.pt")
+    shape = tiny.cache_shape(BUDGET, BLOCK)
+    job = QnnJob(tmp_path / "model.pt", "fp16", shape, Breaking(), soc("SM8650"), False, [], tmp_path)
+    with pytest.raises(UserError, match=r"breaks into .* partitions; left on the CPU: ") as refused:
+        run_isolated(_lower, target, job, environment=find_sdk().environment())
+    assert operator in str(refused.value)
+
+
+def _lower(target: str, job: QnnJob) -> None:
+    from importlib import import_module
+
+    import_module(f"keydiff_export.lowering.{target.replace('-', '_')}").lower_job(job)
+
+
+def test_the_one_delegate_rule() -> None:
+    refuse_breaks("t", 1, {})
+    with pytest.raises(UserError, match=r"t: the graph breaks into 2 partitions; left on the CPU: a\.b \(why\)"):
+        refuse_breaks("t", 2, {"a.b": "why"})
+
+
+@pytest.mark.parametrize(("target", "quant", "least"), [("executorch-qnn", "16a8w", 20), ("onnx-qnn", "16a8w", 20)])
+def test_quantised_graphs_stay_near_float32(
+    tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, text: Path, target: str, quant: str, least: float
+) -> None:
+    folder = export_npu(tiny_folder, tmp_path / "out", target, quant, calibration=str(text), sqnr_floor=least)
+    report = validate_folder(folder, tiny)["artifacts"][0]
+    assert report["passed"], report["gates"]
+    assert report["kept_slots"]["mean_jaccard"] > 0.97
+    ranges = json.loads((folder.path / target / "calibration.json").read_text())["ranges"]
+    assert set(ranges) == {"prefill", "decode"}
+    assert all(low <= high for method in ranges.values() for low, high in method.values())
+    report = inspect_folder(folder)["artifacts"][0]["methods"]
+    assert [sum(report[method]["delegates"].values()) for method in ("prefill", "decode")] == [1, 1]
+
+
+def test_doctor_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["qnn"]["ready"]
+    assert all(target["ready"] for target in report["targets"].values())
+    monkeypatch.setattr("keydiff_export.qnn_sdk.package_version", lambda: None)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "pip install 'keydiff-export[qnn]'" in said
+    assert "AI Stack licence" in said
+    monkeypatch.setattr("keydiff_export.qnn_sdk.package_version", lambda: "2.7.0")
+    with pytest.raises(UserError, match=r"onnxruntime-qnn==2\.5\.0, found 2\.7\.0"):
+        find_sdk()
+
+
+def test_an_sdk_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = find_sdk().libraries
+    monkeypatch.setenv("QNN_SDK_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match=r"has no lib/x86_64-linux-clang/libQnnHtp\.so"):
+        find_sdk()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / host.name).symlink_to(host)
+    sdk = find_sdk()
+    assert sdk.root == tmp_path
+    assert sdk.environment()["LD_LIBRARY_PATH"].startswith(str(tmp_path))
+
+
+def test_unknown_chips_and_policies_are_refused_before_any_work(tiny_folder: Path, tmp_path: Path) -> None:
+    assert set(SOCS) == {"SM8650", "SM8750", "SM8850"}
+    with pytest.raises(UserError, match="unknown SoC 'SM1'"):
+        export_npu(tiny_folder, tmp_path / "a", "executorch-qnn", "fp16", soc="SM1")
+    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": "tova"}, quant="fp16", targets=("onnx-qnn",))
+    with pytest.raises(UserError, match="policy tova cannot be ordered"):
+        keydiff_export.export(spec, tmp_path / "b", validate=False)
+    with pytest.raises(UserError, match="8-bit activations lose the kept set"):
+        ExportSpec(str(tiny_folder), BUDGET, BLOCK, quant="8a8w", targets=("executorch-qnn",))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cli_exports_validates_and_runs(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["export", "--model", str(tiny_folder), "--budget", "16", "--block", "8", "--policy", "sink"]
+    assert main([*command, "--quant", "fp16", "--soc", "SM8750", "--target", "onnx-qnn", "-o", str(out)]) == 0
+    assert json.loads((out / "manifest.json").read_text())["artifacts"][0]["soc"] == "SM8750"
+    capsys.readouterr()
+    assert main(["run", str(out), "--prompt", "x" * 60, "--max-new-tokens", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 62
+    assert main(["inspect", str(out)]) == 0
+    assert "memory constant" in capsys.readouterr().out
