@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..chat import CHAT, cut_template
 from ..errors import UserError
 from ..generate import system_prompt_tokens
 from ..lowering import Phases, get_target
@@ -145,6 +146,9 @@ def _write_tokenizer(loaded: LoadedModel, folder: Path) -> list[dict[str, object
     loaded.tokenizer.save_pretrained(folder)
     loaded.model.generation_config.save_pretrained(folder)
     loaded.model.config.save_pretrained(folder)
+    chat = cut_template(loaded.tokenizer)
+    if chat is not None:
+        write_json(folder / CHAT, chat)
     names = [p.name for p in folder.iterdir() if p.name not in before]
     if "tokenizer.json" not in names:
         raise UserError(f"model {loaded.source!r} has no fast tokenizer (tokenizer.json): use a model that has one")
