@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quant", help="none, 8da4w, int8 or int4")
     export.add_argument("--cache-dtype", help="float32, float16 or int8: what keys and values are stored as")
     export.add_argument("--evict-every", type=int, metavar="K", help="generated tokens leave K at a time (default 1)")
+    export.add_argument(
+        "--stock-runner",
+        action=argparse.BooleanOptionalAction,
+        help="method `forward` in a .pte, for ExecuTorch's own LLM runner and the app (default: yes)",
+    )
     export.add_argument("--target", help="comma-separated, see `keydiff-export targets`")
     export.add_argument("-o", "--output", type=Path, help=f"output folder (default {EXPORT_DEFAULT}/NAME)")
     export.add_argument("--no-validate", action="store_true", help="skip the parity run at the end")
@@ -125,7 +130,7 @@ def _export(options: argparse.Namespace) -> int:
 
     given: dict[str, Any] = {
         key: getattr(options, key)
-        for key in ("model", "budget", "block", "quant", "cache_dtype", "evict_every", "system_prompt")
+        for key in ("model", "budget", "block", "quant", "cache_dtype", "evict_every", "system_prompt", "stock_runner")
         if getattr(options, key) is not None
     }
     if options.target is not None:
@@ -276,9 +281,10 @@ def inspection_table(report: dict[str, Any]) -> str:
     ]
     for artifact in report["artifacts"]:
         verdict = "constant" if artifact["constant_memory"] else "NOT CONSTANT"
+        sizes = f"{artifact['dynamic_tensors']} ({artifact['unbounded_tensors']} without a bound)"
         lines.append(
             f"\n{artifact['target']} ({artifact['quant']}), {artifact['bytes'] / 1e6:.1f} MB: memory {verdict}; slots "
-            f"in the program {artifact['slots']}, tensors of dynamic size {artifact['dynamic_tensors']}"
+            f"in the program {artifact['slots']}, tensors of dynamic size {sizes}"
         )
         for name, method in artifact["methods"].items():
             planned = method["planned_memory_bytes"]

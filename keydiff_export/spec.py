@@ -31,6 +31,7 @@ class ExportSpec:
         targets: where the graph is lowered to.
         sqnr_floor: least SQNR in dB against the float32 model that `validate` accepts for a quantised artifact.
         system_prompt: text that opens every chat; its tokens are pinned. None for no system prompt.
+        stock_runner: whether a .pte also carries the method `forward`, which ExecuTorch's own LLM runners call.
         name: name of the card, or of the model.
     """
 
@@ -44,6 +45,7 @@ class ExportSpec:
     targets: tuple[str, ...] = ("executorch-xnnpack", "onnx-cpu")
     sqnr_floor: float | None = None
     system_prompt: str | None = None
+    stock_runner: bool = True
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class ExportSpec:
             raise UserError("no target given: see `keydiff-export targets`")
         if self.system_prompt is not None and not (isinstance(self.system_prompt, str) and self.system_prompt.strip()):
             raise UserError(f"system_prompt must be text, got {self.system_prompt!r}")
+        if not isinstance(self.stock_runner, bool):
+            raise UserError(f"stock_runner must be true or false, got {self.stock_runner!r}")
         self.make_policy()
 
     def make_policy(self, pinned: int = 0) -> Policy:

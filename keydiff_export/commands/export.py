@@ -48,6 +48,7 @@ def export_model(
     """
     targets = [get_target(name) for name in spec.targets]
     for target in targets:
+        target.stock_runner = spec.stock_runner
         if spec.quant not in target.quants:
             raise UserError(
                 f"target {target.name} does not take --quant {spec.quant}: choose one of {', '.join(target.quants)}"
@@ -57,6 +58,8 @@ def export_model(
     with new_folder(output) as folder:
         with phases.phase("load model"):
             loaded = load_model(spec.model)
+            # One list of end tokens for the manifest, generation_config.json and the metadata of a .pte.
+            loaded.model.generation_config.eos_token_id = eos_token_ids(loaded)
         pinned = 0 if spec.system_prompt is None else system_prompt_tokens(loaded.tokenizer, spec.system_prompt)
         policy = spec.make_policy(pinned)
         with phases.phase("quantise"):
