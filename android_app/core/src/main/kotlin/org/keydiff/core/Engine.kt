@@ -11,6 +11,7 @@ abstract class Engine(val budget: Int, val block: Int) : AutoCloseable {
     abstract val description: String
 
     /** Tokens read since the last [reset]. */
+    @Volatile
     var seen: Int = 0
         private set
 
