@@ -58,7 +58,6 @@ class MainActivity : Activity() {
             return
         }
         presenter.ask(field.text.toString())
-        field.setText("")
     }
 
     private fun chooseModel() {
@@ -121,6 +120,7 @@ class MainActivity : Activity() {
         val bar = findViewById<ProgressBar>(R.id.progress)
         bar.visibility = if (state.progress == null) View.INVISIBLE else View.VISIBLE
         bar.progress = state.progress ?: 0
+        if (before != null && before.answers != state.answers) findViewById<EditText>(R.id.question).setText("")
         if (before?.transcript != state.transcript) {
             write(R.id.transcript, state.transcript)
             findViewById<ScrollView>(R.id.scroll).let { it.post { it.fullScroll(View.FOCUS_DOWN) } }

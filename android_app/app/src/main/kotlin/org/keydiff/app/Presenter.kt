@@ -47,6 +47,7 @@ class Presenter(
     private var speed = ""
     private var asking = ""
     private var answering = ""
+    private var answers = 0
 
     init {
         log.add(device.description)
@@ -158,6 +159,7 @@ class Presenter(
         history.add(Turn(model.folder.manifest.name, shown, answer.text, figures, now()))
         log.add("answered: $figures")
         show {
+            answers++
             document = null
             asking = ""
             answering = ""
@@ -257,6 +259,7 @@ class Presenter(
             progress = progress,
             transcript = transcript(),
             document = document?.let { (name, text) -> "$name, ${text.length} characters" },
+            answers = answers,
             canOpen = !busy,
             canAsk = model != null && !busy,
             canStop = busy && stoppable,

@@ -11,6 +11,8 @@ data class UiState(
     val progress: Int?,
     val transcript: String,
     val document: String?,
+    /** Answers given since the start; a new one empties the question's field, a refused question stays in it. */
+    val answers: Int,
     val canOpen: Boolean,
     val canAsk: Boolean,
     val canStop: Boolean,

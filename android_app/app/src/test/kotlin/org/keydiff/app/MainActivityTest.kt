@@ -4,6 +4,7 @@ import android.app.AlertDialog
 import android.content.Intent
 import android.graphics.Bitmap
 import android.graphics.Canvas
+import android.os.Looper
 import android.view.View
 import android.view.ViewGroup
 import android.widget.Button
@@ -94,6 +95,18 @@ class MainActivityTest {
     }
 
     @Test
+    fun `a refused question stays in its field`() {
+        presenter()
+        val activity = start()
+        reader.presenter.open(tinyFolder)
+        val long = "x".repeat(5000)
+        activity.findViewById<EditText>(R.id.question).setText(long)
+        activity.press(R.id.ask)
+        assertTrue("the model was trained for 4096" in activity.text(R.id.status))
+        assertEquals(long, activity.text(R.id.question))
+    }
+
+    @Test
     fun `a rotated or reopened screen shows the same`() {
         presenter()
         val controller = Robolectric.buildActivity(MainActivity::class.java).setup()
@@ -177,15 +190,20 @@ class MainActivityTest {
     @Config(qualifiers = "+night")
     fun `the dark screen`() = picture("dark")
 
+    private fun exactly(size: Int) = View.MeasureSpec.makeMeasureSpec(size, View.MeasureSpec.EXACTLY)
+
     /** Draws the screen; -Dkeydiff.pictures=FOLDER keeps the picture. */
     private fun picture(name: String) {
         presenter("The lighthouse keeper's name is Samuel Oakhurst.")
         val activity = start()
         reader.presenter.open(tinyFolder)
-        reader.presenter.openText("lighthouse.txt") { "A long text. ".repeat(9000) }
+        reader.presenter.openText("lighthouse.txt") { "A long text. ".repeat(250) }
         activity.findViewById<EditText>(R.id.question).setText("Who keeps the lighthouse?")
         activity.press(R.id.ask)
         val root = activity.window.decorView
+        shadowOf(Looper.getMainLooper()).idle()
+        root.measure(exactly(root.width), exactly(root.height))
+        root.layout(0, 0, root.width, root.height)
         val bitmap = Bitmap.createBitmap(root.width, root.height, Bitmap.Config.ARGB_8888)
         root.draw(Canvas(bitmap))
         val background = bitmap.getPixel(4, root.height / 2)

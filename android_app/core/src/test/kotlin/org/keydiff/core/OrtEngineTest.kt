@@ -81,4 +81,19 @@ class OrtEngineTest {
         }
         assertTrue("has no QNN provider" in error.message!!)
     }
+
+    @Test
+    fun `memory stays within what the manifest announces`() {
+        val case = Fixtures.read.cases.maxBy { it.promptTokens }
+        val java = File(System.getProperty("java.home"), "bin/java").path
+        val classes = System.getProperty("surefire.test.class.path") ?: System.getProperty("java.class.path")
+        // A process of its own: this one keeps what other tests gave back.
+        val probe = ProcessBuilder(java, "-Xmx256m", "-cp", classes, "org.keydiff.core.MemoryProbeKt", case.folder)
+            .redirectError(ProcessBuilder.Redirect.INHERIT).start()
+        val taken = probe.inputStream.bufferedReader().readText().trim().toLong()
+        val announced = ExportFolder.open(File(case.folder)).artifactFor("onnxruntime").memoryBytes()
+        assertTrue(taken < announced, "took ${megabytes(taken)} MB, announced ${megabytes(announced)} MB")
+        assertTrue(taken > announced / 3, "took only ${megabytes(taken)} MB of ${megabytes(announced)} MB announced")
+        println("memory: took ${megabytes(taken)} MB, announced ${megabytes(announced)} MB")
+    }
 }
