@@ -15,11 +15,13 @@ import java.nio.FloatBuffer
 import java.nio.LongBuffer
 
 private const val NEXT = "_next"
+private const val APPENDED = "_appended"
 private const val LOGITS = "logits"
 
 /**
  * Runs `prefill.onnx` and `decode.onnx` over one set of cache buffers. Each buffer is passed as a graph input and pinned
- * as the graph output of the same name plus "_next", so ONNX Runtime writes it in place and no step copies a cache.
+ * as the graph output of the same name plus "_next", so ONNX Runtime writes it in place and no step copies a cache. A
+ * prefill step writes twice; what the first write leaves is an output, too ("_appended"), pinned to the same buffer.
  *
  * @param folder holds prefill.onnx, decode.onnx and their weights.
  * @param threads CPU threads; 0 lets ONNX Runtime choose.
@@ -102,7 +104,9 @@ class OrtEngine(folder: File, shape: CacheShape, threads: Int = 0, private val q
             logitsBuffer = buffer.asFloatBuffer()
             logits = FloatArray(logitsBuffer.capacity())
             outputs[LOGITS] = tensor(buffer, info).also(owned::add)
-            for (name in session.outputNames - LOGITS) outputs[name] = state.getValue(name.removeSuffix(NEXT))
+            for (name in session.outputNames - LOGITS) {
+                outputs[name] = state.getValue(name.removeSuffix(NEXT).removeSuffix(APPENDED))
+            }
         }
 
         fun run(tokens: LongArray, start: Int): FloatArray {
@@ -121,7 +125,7 @@ class OrtEngine(folder: File, shape: CacheShape, threads: Int = 0, private val q
     }
 
     private fun zeros(info: TensorInfo): ByteBuffer {
-        val width = if (info.type == OnnxJavaType.INT64) Long.SIZE_BYTES else Float.SIZE_BYTES
+        val width = if (info.type == OnnxJavaType.FLOAT) Float.SIZE_BYTES else Long.SIZE_BYTES
         val count = info.shape.fold(1L) { product, length -> product * length }
         return ByteBuffer.allocateDirect(Math.toIntExact(count * width)).order(ByteOrder.nativeOrder())
     }
