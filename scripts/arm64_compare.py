@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import keydiff_export
+from keydiff_export.lowering.onnx_cpu import OnnxCpu
 from keydiff_export.models import load_model
 from keydiff_export.quantize import quantize, twin
 from keydiff_export.reference import Reference
@@ -24,9 +26,12 @@ from conftest import build_model, random_tokens
 
 BUDGET, BLOCK = 16, 8
 LENGTHS = [8] * 5 + [5] + [1] * 8 + [8, 3] + [1] * 3
-# Of the quantisations the one with float32 activations: rounded ones differ by kernel, and a random model this small
-# turns one rounding step into another token.
-QUANTS = ("none", "int4")
+# Float32 activations: equal tokens and kept sets are demanded.
+EXACT = ("none", "int4")
+# 8-bit activations: kernels round them differently, and a random model this small turns one rounding step into another
+# token. What differs is reported and demanded nowhere.
+REPORTED = ("int8",)
+QUANTS = EXACT + REPORTED
 STEPS = Path(__file__).with_name("arm64_steps.py")
 
 
@@ -47,7 +52,8 @@ def prepare(work: Path) -> None:
     for quant in QUANTS:
         spec = ExportSpec(str(source), BUDGET, BLOCK, quant=quant, targets=("onnx-cpu",), name="tiny")
         folder = keydiff_export.export(spec, work / quant, validate=False)
-        model = loaded.model if quant == "none" else twin(quantize(loaded.model, quant), "float")
+        rounding = OnnxCpu().activation(quant)
+        model = loaded.model if quant == "none" else twin(quantize(loaded.model, quant), rounding)
         reference = Reference(model, folder.policy, BUDGET, BLOCK)
         logits, held = [], []
         with torch.no_grad():
@@ -61,20 +67,30 @@ def prepare(work: Path) -> None:
 
 
 def compare(work: Path, machines: list[str]) -> int:
-    """Prints a line a comparison; returns how many failed."""
+    """Prints a line a comparison, those of `REPORTED` too; returns how many of the exact ones failed."""
     failed = 0
     for quant in QUANTS:
         for machine in machines:
             found = np.load(work / f"{quant}-{machine}.npz")
             for other in ("x86", "eager"):
                 expected = np.load(work / f"{quant}-{other}.npz")
-                tokens = bool((found["logits"].argmax(-1) == expected["logits"].argmax(-1)).all())
-                kept = bool((found["held"] == expected["held"]).all())
-                error = float(np.abs(found["logits"] - expected["logits"]).max())
-                failed += not (tokens and kept)
-                equal = f"tokens equal {tokens}, kept sets equal {kept}"
-                print(f"{quant:5} {machine:10} against {other:5}: {equal}, logits within {error:.1e}")
+                tokens = found["logits"].argmax(-1) == expected["logits"].argmax(-1)
+                overlap = jaccard(found["held"], expected["held"])
+                errors = np.abs(found["logits"] - expected["logits"]).max(-1)
+                failed += quant in EXACT and not (tokens.all() and overlap == 1)
+                equal = f"{tokens.sum()} of {len(tokens)} tokens equal, kept sets' Jaccard {overlap:.4f}"
+                within = f"logits within {errors.max():.1e} (first step {errors[0]:.1e})"
+                print(f"{quant:5} {machine:10} against {other:5}: {equal}, {within}")
     return failed
+
+
+def jaccard(found: NDArray[np.int64], expected: NDArray[np.int64]) -> float:
+    """Mean overlap of two lists of kept positions [steps, heads, N], over steps and heads; -1 is no position."""
+    overlaps = []
+    for ours, theirs in zip(found.reshape(-1, BUDGET), expected.reshape(-1, BUDGET), strict=True):
+        one, other = set(ours.tolist()) - {-1}, set(theirs.tolist()) - {-1}
+        overlaps.append(len(one & other) / len(one | other))
+    return float(np.mean(overlaps))
 
 
 def main() -> None:
