@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_stock_runner import stock
 from transformers import AutoTokenizer
 
 import keydiff_export
 from keydiff_export.inspection import inspect_folder
 from keydiff_export.manifest import OutputFolder
+from keydiff_export.text import long_text
 
 pytestmark = pytest.mark.real_model
 
@@ -60,6 +62,17 @@ def test_the_chat_template_in_pieces(folder: OutputFolder) -> None:
         "system": {"before": "<|im_start|>system\n", "after": turn},
         "trims": False,
     }
+
+
+def test_the_stock_runner_says_what_run_says(folder: OutputFolder, tmp_path: Path) -> None:
+    """ExecuTorch's own LLM runner over `forward`, a prompt longer than the cache, with a tail."""
+    tokenizer = AutoTokenizer.from_pretrained(folder.path)
+    prompt = tokenizer.decode(tokenizer(long_text())["input_ids"][:1003])
+    expected = keydiff_export.generate(folder, prompt, runtime="executorch", raw=True, max_new_tokens=24)
+    assert expected.prompt_tokens > 512 + 128
+    assert expected.prompt_tokens % 128
+    [pieces] = stock(folder.path, tmp_path, [prompt], 24)
+    assert "".join(pieces) == expected.text
 
 
 def test_programs_hold_exactly_n_plus_b_slots(folder: OutputFolder) -> None:

@@ -37,7 +37,7 @@ kotlin {
 dependencies {
     implementation(project(":core"))
     implementation("com.microsoft.onnxruntime:onnxruntime-android:1.29.0")
-    // The release nearest to the Python package that wrote the .pte; docs/android.md tells which pairs are known.
+    // The release of the Python package that wrote the .pte; docs/android.md tells what is known of pairs.
     implementation("org.pytorch:executorch-android:${property("executorch.version")}") {
         exclude(group = "androidx.core")
     }

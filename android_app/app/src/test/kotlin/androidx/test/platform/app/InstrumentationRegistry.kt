@@ -8,13 +8,13 @@ import android.os.Bundle
  * for it, so that Maven's default repository is enough; the tests here ask AndroidX Test nothing.
  */
 object InstrumentationRegistry {
-    private lateinit var instance: Instrumentation
+    private var instance: Instrumentation? = null
 
     @JvmStatic
-    fun registerInstance(instrumentation: Instrumentation, @Suppress("UNUSED_PARAMETER") arguments: Bundle) {
+    fun registerInstance(instrumentation: Instrumentation?, @Suppress("UNUSED_PARAMETER") arguments: Bundle?) {
         instance = instrumentation
     }
 
     @JvmStatic
-    fun getInstrumentation(): Instrumentation = instance
+    fun getInstrumentation(): Instrumentation = checkNotNull(instance)
 }

@@ -7,7 +7,7 @@ interface IntentMonitor
 
 object IntentMonitorRegistry {
     @JvmStatic
-    fun registerInstance(@Suppress("UNUSED_PARAMETER") instance: IntentMonitor) = Unit
+    fun registerInstance(@Suppress("UNUSED_PARAMETER") instance: IntentMonitor?) = Unit
 }
 
 interface IntentStubber {

@@ -13,18 +13,18 @@ interface ActivityLifecycleMonitor {
 interface ApplicationLifecycleMonitor
 
 object ActivityLifecycleMonitorRegistry {
-    private lateinit var monitor: ActivityLifecycleMonitor
+    private var monitor: ActivityLifecycleMonitor? = null
 
     @JvmStatic
-    fun registerInstance(instance: ActivityLifecycleMonitor) {
+    fun registerInstance(instance: ActivityLifecycleMonitor?) {
         monitor = instance
     }
 
     @JvmStatic
-    fun getInstance(): ActivityLifecycleMonitor = monitor
+    fun getInstance(): ActivityLifecycleMonitor = checkNotNull(monitor)
 }
 
 object ApplicationLifecycleMonitorRegistry {
     @JvmStatic
-    fun registerInstance(@Suppress("UNUSED_PARAMETER") instance: ApplicationLifecycleMonitor) = Unit
+    fun registerInstance(@Suppress("UNUSED_PARAMETER") instance: ApplicationLifecycleMonitor?) = Unit
 }
