@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, random_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import keydiff_export
+from keydiff_export.commands.run import open_runner
+from keydiff_export.inspection import inspect_folder
 from keydiff_export.manifest import OutputFolder
 from keydiff_export.models import load_model
 from keydiff_export.reference import Reference
@@ -107,6 +110,39 @@ def test_a_second_prompt_follows_the_first_answer(exported: OutputFolder, model:
     expected = [greedy(reference, loaded.tokenizer(prompt)["input_ids"], 6) for prompt in prompts]
     found = stock(exported.path, tmp_path, prompts, 6, "--follow")
     assert found == [list(loaded.tokenizer.decode(tokens)) for tokens in expected]
+
+
+def test_sizes_that_change_are_bounded(exported: OutputFolder) -> None:
+    [artifact] = inspect_folder(exported)["artifacts"]
+    changing = {name: method["dynamic_tensors"] for name, method in artifact["methods"].items()}
+    assert {name for name, count in changing.items() if count} == {"forward"}
+    assert artifact["dynamic_tensors"] == changing["forward"]
+    assert artifact["unbounded_tensors"] == 0
+    assert artifact["constant_memory"]
+    assert artifact["slots"] == [BUDGET + BLOCK]
+    forward = artifact["methods"]["forward"]
+    assert forward["inputs"] == [[1, BLOCK], [1]]
+    outside = forward["kernels_outside_delegates"]
+    assert not any(product in name for name in outside for product in ("linear", "addmm", "aten::mm", "bmm", "softmax"))
+
+
+def test_methods_share_one_cache_and_may_be_mixed(exported: OutputFolder, model: Path) -> None:
+    """Through the Program API; the stock runner gives every method a cache of its own."""
+    loaded = load_model(str(model))
+    reference = Reference(loaded.model, exported.policy, BUDGET, BLOCK)
+    runner: Any = open_runner(exported, exported.artifacts[0])
+    forward = runner._program.load_method("forward")
+    tokens = random_tokens(80, loaded.model.config.vocab_size)
+    for number, length in enumerate([8, 8, 8, 5, 1, 1, 1, 8, 3, 1, 1, 2, 8, 1, 6]):
+        block = tokens[runner.seen : runner.seen + length]
+        if number % 2:
+            found = forward.call((torch.tensor([block]), torch.tensor([runner.seen])))[0].numpy()[0]
+            runner.seen += length
+        else:
+            found = runner.step(block)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), reference.step(block), atol=1e-4, rtol=1e-4)
+        assert runner.snapshot().held == reference.held(), f"after {runner.seen} tokens"
 
 
 def test_metadata_is_what_the_stock_runner_reads(exported: OutputFolder) -> None:

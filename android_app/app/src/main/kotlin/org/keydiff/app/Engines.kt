@@ -23,7 +23,12 @@ object AndroidEngines : Engines {
         val place = File(folder.path, artifact.target)
         return try {
             when (artifact.runtime) {
-                "executorch" -> ExecuTorchEngine(File(place, "model.pte"), folder.manifest.cache)
+                "executorch" -> {
+                    if (FORWARD !in artifact.methods) {
+                        throw UserError("$place has no method $FORWARD: export it again without `stock_runner: false`")
+                    }
+                    ExecuTorchEngine(File(place, "model.pte"), folder.manifest.cache)
+                }
                 "onnxruntime" -> OrtEngine(place, folder.manifest.cache, qnn = artifact.target.endsWith("qnn"))
                 else -> throw UserError("this app has no engine for ${artifact.runtime}: install a newer one")
             }

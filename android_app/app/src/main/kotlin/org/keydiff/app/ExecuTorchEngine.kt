@@ -8,11 +8,11 @@ import org.pytorch.executorch.Module
 import org.pytorch.executorch.Tensor
 import java.io.File
 
-private const val FORWARD = "forward"
+internal const val FORWARD = "forward"
 
 /**
- * Steps the method `forward` of a .pte with ExecuTorch's Android package. One method reads blocks and single tokens, so
- * that there is one cache: a Module gives every method a cache of its own.
+ * Steps the method `forward` of a .pte with ExecuTorch's Android package. It reads blocks and single tokens alike. The
+ * other methods of the file are no use here: a Module gives every method memory, and so a cache, of its own.
  *
  * @throws UserError ExecuTorch refuses the file.
  */

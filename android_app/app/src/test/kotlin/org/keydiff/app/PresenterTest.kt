@@ -3,13 +3,16 @@ package org.keydiff.app
 import org.junit.Assert.assertEquals
 import org.junit.Assert.assertFalse
 import org.junit.Assert.assertNull
+import org.junit.Assert.assertThrows
 import org.junit.Assert.assertTrue
 import org.junit.Rule
 import org.junit.Test
 import org.junit.rules.TemporaryFolder
+import org.keydiff.core.ExportFolder
 import org.keydiff.core.History
 import org.keydiff.core.Sampling
 import org.keydiff.core.Settings
+import org.keydiff.core.UserError
 import java.io.File
 import java.util.concurrent.Executor
 
@@ -242,6 +245,14 @@ class PresenterTest {
         val log = presenter.log.text()
         for (part in listOf("7 test phone", "opened tiny none with fake engine", "answered: ", "failed: ")) assertTrue(part, part in log)
         assertFalse("secret" in log || "Paris" in log)
+    }
+
+    @Test
+    fun `a program without the method forward is refused before it is loaded`() {
+        val folder = ExportFolder.open(tinyFolder)
+        val artifact = folder.artifactFor("onnxruntime").copy(runtime = "executorch")
+        val error = assertThrows(UserError::class.java) { AndroidEngines.open(folder, artifact) }
+        assertTrue(error.message!!.endsWith("has no method forward: export it again without `stock_runner: false`"))
     }
 
     @Test

@@ -2,6 +2,7 @@ package org.keydiff.core
 
 import kotlinx.serialization.SerialName
 import kotlinx.serialization.Serializable
+import kotlinx.serialization.json.JsonElement
 
 /** The parts of `manifest.json` that the app uses; `manifest.schema.json` describes all of it. */
 @Serializable
@@ -43,6 +44,7 @@ data class Artifact(
     val files: List<FileEntry>,
     @SerialName("cache_bytes") val cacheBytes: Long,
     @SerialName("planned_memory_bytes") val plannedMemoryBytes: Long? = null,
+    val methods: Map<String, JsonElement> = emptyMap(),
 ) {
     /**
      * Memory that this artifact may take once it is loaded. ExecuTorch plans its activations and caches at export and
