@@ -48,10 +48,11 @@ data class Artifact(
 ) {
     /**
      * Memory that this artifact may take once it is loaded. ExecuTorch plans its activations and caches at export and
-     * says so; ONNX Runtime does not, and repacks the weights for each of its two sessions.
+     * says so. ONNX Runtime does not: it repacks the weights for each of its two sessions, and what it works in, of which
+     * no file tells, is taken to be at most as large as the weights once more.
      */
     fun memoryBytes(): Long {
         val weights = files.sumOf { it.bytes }
-        return if (plannedMemoryBytes != null) weights + plannedMemoryBytes else 2 * weights + 2 * cacheBytes
+        return if (plannedMemoryBytes != null) weights + plannedMemoryBytes else 3 * weights + 2 * cacheBytes
     }
 }
