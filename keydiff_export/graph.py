@@ -1,7 +1,7 @@
 """The static graphs around a Hugging Face model: `prefill` (B tokens, the last block padded) and `decode` (one).
 
-Where generated tokens leave k at a time, `append` and `decode_evicting` take the place of `decode`. For runners that know
-one method only there is `forward`: 1 to B tokens, none of them padding.
+Where generated tokens leave k at a time, `append` and `decode_evicting` take the place of `decode`. For runners that
+know one method only there is `forward`: 1 to B tokens, none of them padding.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ class ExportSpec:
         targets: where the graph is lowered to.
         sqnr_floor: least SQNR in dB against the float32 model that `validate` accepts for a quantised artifact.
         system_prompt: text that opens every chat; its tokens are pinned. None for no system prompt.
-        stock_runner: whether a .pte also carries the method `forward`, which ExecuTorch's own LLM runners call.
+        stock_runner: whether a .pte also carries the method `forward`, which ExecuTorch's own LLM runners call; never
+            where generated tokens leave k at a time.
         name: name of the card, or of the model.
     """
 

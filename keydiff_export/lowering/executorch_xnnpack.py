@@ -1,4 +1,4 @@
-"""ExecuTorch with the XNNPACK delegate: one .pte, methods `prefill`, `decode` and `snapshot` over one shared cache."""
+"""ExecuTorch with the XNNPACK delegate: one .pte, `prefill`, `decode`, `forward`, `snapshot` over one shared cache."""
 
 from __future__ import annotations
 
