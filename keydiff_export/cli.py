@@ -218,7 +218,7 @@ def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .commands.run import read_prompt, run_prompt
-    from .generate import Sampling
+    from .generation import Sampling
     from .manifest import open_folder
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..chat import CHAT, cut_template
 from ..errors import UserError
-from ..generate import system_prompt_tokens
+from ..generation import system_prompt_tokens
 from ..lowering import Phases, get_target
 from ..manifest import (
     MANIFEST,

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..generate import Result, Sampling, check_context, encode_prompt, generate
+from ..generation import Result, Sampling, check_context, encode_prompt, generate
 from ..manifest import OutputFolder
 from ..models import load_model
 from ..runtime import open_artifact
