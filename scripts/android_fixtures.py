@@ -102,8 +102,15 @@ def main() -> None:
         name="tiny",
     )
     tiny = keydiff_export.export(spec, options.output / "tiny", validate=False)
+    packed = [
+        keydiff_export.export(
+            dataclasses.replace(spec, cache_dtype=dtype, name=dtype), options.output / dtype, validate=False
+        )
+        for dtype in ("float16", "int8")
+    ]
     text = long_text()
     cases = [run(tiny, text[: 40 + length], 24, raw) for length in range(10) for raw in (True, False)]
+    cases += [run(folder, text[:45], 24, raw=True) for folder in packed]
     encodings = encode(tiny.path) + encode(train_tokenizer(options.output / "trained"))
     if options.demo is not None:
         demo = keydiff_export.load(options.demo)

@@ -29,9 +29,17 @@ data class Policy(val name: String) {
     val evicts: Boolean get() = name != "full"
 }
 
-/** [budget] is N, the tokens held a layer and KV head; [block] is B, the tokens read a step. */
+/**
+ * [budget] is N, the tokens held a layer and KV head; [block] is B, the tokens read a step; [evictEvery] is how many
+ * generated tokens leave at once.
+ */
 @Serializable
-data class CacheShape(val budget: Int, val block: Int, val bytes: Long)
+data class CacheShape(
+    val budget: Int,
+    val block: Int,
+    val bytes: Long,
+    @SerialName("evict_every") val evictEvery: Int = 1,
+)
 
 @Serializable
 data class FileEntry(val path: String, val bytes: Long, val sha256: String)

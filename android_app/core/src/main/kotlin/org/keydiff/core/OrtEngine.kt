@@ -26,7 +26,7 @@ private const val LOGITS = "logits"
  * @param folder holds prefill.onnx, decode.onnx and their weights.
  * @param threads CPU threads; 0 lets ONNX Runtime choose.
  * @param qnn run on Qualcomm's NPU through the QNN execution provider, with no fallback to the CPU.
- * @throws UserError ONNX Runtime refuses a file or has no QNN provider.
+ * @throws UserError ONNX Runtime refuses a file or has no QNN provider, or more than one generated token leaves at once.
  */
 class OrtEngine(folder: File, shape: CacheShape, threads: Int = 0, private val qnn: Boolean = false) :
     Engine(shape.budget, shape.block) {
@@ -40,6 +40,9 @@ class OrtEngine(folder: File, shape: CacheShape, threads: Int = 0, private val q
         get() = "ONNX Runtime ${environment.version} on ${if (qnn) "the NPU (QNN)" else "the CPU"}"
 
     init {
+        if (shape.evictEvery > 1) {
+            throw UserError("$folder lets ${shape.evictEvery} generated tokens leave at once, and this app one: export it again with evict_every 1")
+        }
         options(threads).use { options ->
             prefill = Method(File(folder, "prefill.onnx"), options)
             decode = Method(File(folder, "decode.onnx"), options)
@@ -128,7 +131,12 @@ class OrtEngine(folder: File, shape: CacheShape, threads: Int = 0, private val q
     }
 
     private fun zeros(info: TensorInfo): ByteBuffer {
-        val width = if (info.type == OnnxJavaType.FLOAT) Float.SIZE_BYTES else Long.SIZE_BYTES
+        val width = when (info.type) {
+            OnnxJavaType.INT8 -> 1
+            OnnxJavaType.FLOAT16 -> 2
+            OnnxJavaType.FLOAT -> 4
+            else -> 8
+        }
         val count = info.shape.fold(1L) { product, length -> product * length }
         return ByteBuffer.allocateDirect(Math.toIntExact(count * width)).order(ByteOrder.nativeOrder())
     }

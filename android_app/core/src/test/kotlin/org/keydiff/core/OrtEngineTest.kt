@@ -5,6 +5,7 @@ import org.junit.jupiter.api.Assertions.assertEquals
 import org.junit.jupiter.api.Assertions.assertFalse
 import org.junit.jupiter.api.Assertions.assertThrows
 import org.junit.jupiter.api.Assertions.assertTrue
+import org.junit.jupiter.api.Assumptions.assumeTrue
 import org.junit.jupiter.api.Test
 import org.junit.jupiter.api.io.TempDir
 import java.io.File
@@ -74,6 +75,15 @@ class OrtEngineTest {
     }
 
     @Test
+    fun `a cache that evicts less often is refused`() {
+        val folder = openTiny()
+        val error = assertThrows(UserError::class.java) {
+            OrtEngine(File(folder.path, "onnx-cpu"), folder.manifest.cache.copy(evictEvery = 4))
+        }
+        assertTrue(error.message!!.endsWith("lets 4 generated tokens leave at once, and this app one: export it again with evict_every 1"))
+    }
+
+    @Test
     fun `a build without QNN says so`() {
         val folder = openTiny()
         val error = assertThrows(UserError::class.java) {
@@ -85,6 +95,7 @@ class OrtEngineTest {
     @Test
     fun `memory stays within what the manifest announces`() {
         val case = Fixtures.read.cases.maxBy { it.promptTokens }
+        assumeTrue(case.promptTokens >= 8000, "needs the demo model: scripts/android_fixtures.py OUTPUT --demo FOLDER")
         val java = File(System.getProperty("java.home"), "bin/java").path
         val classes = System.getProperty("surefire.test.class.path") ?: System.getProperty("java.class.path")
         // A process of its own: this one keeps what other tests gave back.
