@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .generate import Result, Sampling
+    from .generation import Result, Sampling
     from .manifest import OutputFolder
     from .spec import ExportSpec, load_card
 
@@ -26,8 +26,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "ExportSpec": "spec",
     "OutputFolder": "manifest",
-    "Result": "generate",
-    "Sampling": "generate",
+    "Result": "generation",
+    "Sampling": "generation",
     "load_card": "spec",
 }
 

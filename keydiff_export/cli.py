@@ -62,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--quant", help="none, 8da4w, int8 or int4; for NPUs fp16, 16a8w or 16a4w")
     export.add_argument("--cache-dtype", help="float32, float16 or int8: what keys and values are stored as")
     export.add_argument("--evict-every", type=int, metavar="K", help="generated tokens leave K at a time (default 1)")
+    export.add_argument(
+        "--stock-runner",
+        action=argparse.BooleanOptionalAction,
+        help="method `forward` in a .pte, for ExecuTorch's own LLM runner and the app (default: yes)",
+    )
     export.add_argument("--target", help="comma-separated, see `keydiff-export targets`")
     export.add_argument("--soc", help="chip that NPU targets are compiled for: SM8650 (default), SM8750 or SM8850")
     export.add_argument("--compile", action="store_true", help="NPU targets also write what a phone loads")
@@ -148,6 +153,7 @@ def _export(options: argparse.Namespace) -> int:
             "cache_dtype",
             "evict_every",
             "system_prompt",
+            "stock_runner",
             "soc",
             "calibration",
         )
@@ -244,7 +250,7 @@ def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .commands.run import read_prompt, run_prompt
-    from .generate import Sampling
+    from .generation import Sampling
     from .manifest import open_folder
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
@@ -314,9 +320,10 @@ def inspection_table(report: dict[str, Any]) -> str:
     ]
     for artifact in report["artifacts"]:
         verdict = "constant" if artifact["constant_memory"] else "NOT CONSTANT"
+        sizes = f"{artifact['dynamic_tensors']} ({artifact['unbounded_tensors']} without a bound)"
         lines.append(
             f"\n{artifact['target']} ({artifact['quant']}), {artifact['bytes'] / 1e6:.1f} MB: memory {verdict}; slots "
-            f"in the program {artifact['slots']}, tensors of dynamic size {artifact['dynamic_tensors']}"
+            f"in the program {artifact['slots']}, tensors of dynamic size {sizes}"
         )
         for name, method in artifact["methods"].items():
             planned = method["planned_memory_bytes"]

@@ -1,6 +1,7 @@
 """The static graphs around a Hugging Face model: `prefill` (B tokens, the last block padded) and `decode` (one).
 
-Where generated tokens leave k at a time, `append` and `decode_evicting` take the place of `decode`.
+Where generated tokens leave k at a time, `append` and `decode_evicting` take the place of `decode`. For runners that
+know one method only there is `forward`: 1 to B tokens, none of them padding.
 """
 
 from __future__ import annotations
@@ -49,6 +50,16 @@ class StaticGraph:
         one = torch.ones_like(start)
         cache = SlotCache(self.shape, self.policy, self.ops, layers, 1, start, one, staged, evicts)
         return forward_logits(self.model, cache, tokens, start, one - 1)
+
+    def forward(self, tokens: Tensor, start: Tensor, layers: list[LayerSlots]) -> Tensor:
+        """Reads all of tokens [1, T], 1 <= T <= B, at position `start` [1] (int64); updates `layers`; logits [1, V].
+
+        T may be a size that only run time knows; a step reads and leaves the state as `prefill` does.
+        """
+        length = tokens.shape[1]
+        count = torch.arange(length)[-1:] + 1
+        cache = SlotCache(self.shape, self.policy, self.ops, layers, length, start, count)
+        return forward_logits(self.model, cache, tokens, start, count - 1)
 
     def methods(self) -> dict[str, dict[str, Tensor]]:
         """Example inputs by name of every method that a lowering makes."""

@@ -17,8 +17,10 @@ def inspect_folder(folder: OutputFolder) -> dict[str, Any]:
     """Facts of every artifact and the proof that memory does not depend on the prompt.
 
     For each artifact: per method its operators, delegates and state; `slots`, the slots that the program's own cache
-    tensors have; `dynamic_tensors`, tensors whose size could change at run time (none may); and `constant_memory`,
-    which is true when the slots are N + B everywhere (N in the state of an NPU's graph) and no tensor is dynamic.
+    tensors have; `dynamic_tensors`, tensors whose size can change from call to call (those of `forward` do, up to a
+    block); `unbounded_tensors`, those of them that no bound holds (none may); and `constant_memory`, which is true when
+    the slots are N + B everywhere (N in the state of an NPU's graph) and every tensor is bounded, so that all memory is
+    planned ahead.
     """
     shape = folder.shape
     artifacts = []
@@ -28,7 +30,9 @@ def inspect_folder(folder: OutputFolder) -> dict[str, Any]:
         if on_npu:
             methods = inspect_npu(place, artifact, methods)
         slots = sorted({s for m in methods.values() for s in m["slots"]})
-        dynamic = sum(m["dynamic_tensors"] for m in methods.values())
+        dynamic, unbounded = (
+            sum(m[kind] for m in methods.values()) for kind in ("dynamic_tensors", "unbounded_tensors")
+        )
         artifacts.append(
             {
                 "target": artifact["target"],
@@ -38,8 +42,9 @@ def inspect_folder(folder: OutputFolder) -> dict[str, Any]:
                 "planned_memory_bytes": artifact["planned_memory_bytes"],
                 "slots": slots,
                 "dynamic_tensors": dynamic,
+                "unbounded_tensors": unbounded,
                 # An NPU's graph owns no state: it is given N slots and joins them with the new rows inside.
-                "constant_memory": slots == [shape.budget if on_npu else shape.slots] and dynamic == 0,
+                "constant_memory": slots == [shape.budget if on_npu else shape.slots] and unbounded == 0,
                 "methods": methods,
             }
         )
@@ -95,6 +100,7 @@ def _inspect_pte(place: Path) -> dict[str, Any]:
             "state": state,
             "slots": sorted({sizes[1] for name, sizes in state.items() if name.startswith(("keys", "values"))}),
             "dynamic_tensors": sum(t.shape_dynamism != TensorShapeDynamism.STATIC for t in tensors),
+            "unbounded_tensors": sum(t.shape_dynamism == TensorShapeDynamism.DYNAMIC_UNBOUND for t in tensors),
         }
     return methods
 
@@ -112,6 +118,7 @@ def _inspect_onnx(place: Path) -> dict[str, Any]:
         shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
         outputs = {v.name for v in graph.output}
         state = {n: s for n, s in shapes.items() if f"{n}_next" in outputs}
+        unknown = sum(0 in s for s in shapes.values())
         kernels = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.node)
         methods[file.stem] = {
             "inputs": [shapes[v.name] for v in graph.input if v.name not in state],
@@ -120,6 +127,7 @@ def _inspect_onnx(place: Path) -> dict[str, Any]:
             "planned_memory_bytes": None,
             "state": state,
             "slots": sorted({s[1] for n, s in state.items() if n.startswith(("keys", "values"))}),
-            "dynamic_tensors": sum(0 in s for s in shapes.values()),
+            "dynamic_tensors": unknown,
+            "unbounded_tensors": unknown,
         }
     return methods

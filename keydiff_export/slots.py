@@ -137,7 +137,7 @@ class SlotCache:
         policy: which tokens stay.
         ops: the backend's spelling of the slot operations.
         layers: state before the step; replaced layer by layer by the state after it.
-        length: T, new tokens including padding; B for prefill, 1 for decode.
+        length: T, new tokens including padding: B for prefill, 1 for decode, up to B for forward.
         start: int64 tensor [1], true position of the first new token.
         count: int64 tensor [1], valid new tokens, or None for a decode step that evicts on the next write.
         staged: int64 tensor [1], tokens read since the last eviction and past N; None for none.
@@ -194,7 +194,7 @@ class SlotCache:
         """[T] float32, 1 for the last `queries` queries that are not padding, else 0; None when none are wanted."""
         if queries == 0 or not self.policy.evicts:
             return None
-        if self.count is None or queries >= len(row):
+        if self.count is None or queries >= self.shape.block:
             return self.entering
         return self.entering * (row >= self.count - queries)
 

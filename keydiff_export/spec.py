@@ -36,6 +36,8 @@ class ExportSpec:
         soc: chip that NPU targets are compiled for.
         compile: NPU targets also write what a phone loads.
         calibration: text file or folder that quantised NPU targets are calibrated with; a built-in text without it.
+        stock_runner: whether a .pte also carries the method `forward`, which ExecuTorch's own LLM runners call; never
+            where generated tokens leave k at a time.
         name: name of the card, or of the model.
     """
 
@@ -54,6 +56,7 @@ class ExportSpec:
     soc: str = "SM8650"
     compile: bool = False
     calibration: str | None = None
+    stock_runner: bool = True
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ class ExportSpec:
             raise UserError("no target given: see `keydiff-export targets`")
         if self.system_prompt is not None and not (isinstance(self.system_prompt, str) and self.system_prompt.strip()):
             raise UserError(f"system_prompt must be text, got {self.system_prompt!r}")
+        if not isinstance(self.stock_runner, bool):
+            raise UserError(f"stock_runner must be true or false, got {self.stock_runner!r}")
         self.make_policy()
 
     def make_policy(self, pinned: int = 0) -> Policy:

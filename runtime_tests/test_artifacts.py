@@ -40,6 +40,7 @@ def export_tiny(
         {"name": "keydiff", "recent": recent},
         quant=quant,
         targets=targets,
+        stock_runner=False,
         name="tiny",
     )
     return keydiff_export.export(spec, output, validate=False)
@@ -120,7 +121,7 @@ LOWERED: list[dict[str, Any]] = [
 def test_every_policy_survives_both_lowerings(
     tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, policy: dict[str, Any]
 ) -> None:
-    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, policy, targets=TARGETS)
+    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, policy, targets=TARGETS, stock_runner=False)
     folder = keydiff_export.export(spec, tmp_path / "out", validate=False)
     prompt = random_tokens(11 if policy["name"] == "full" else 77, tiny.model.config.vocab_size)
     for artifact in folder.artifacts:
@@ -137,7 +138,7 @@ def test_rows_are_not_moved_before_attention_has_read_them(
     tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, target: str
 ) -> None:
     """Sink scores need neither keys nor attention: nothing but the graph's own order keeps the moves behind them."""
-    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": "sink"}, targets=(target,))
+    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": "sink"}, targets=(target,), stock_runner=False)
     folder = keydiff_export.export(spec, tmp_path / "sink", validate=False)
     runner, reference = open_runner(folder, folder.artifacts[0]), Reference(tiny.model, folder.policy, BUDGET, BLOCK)
     tokens = random_tokens(64, tiny.model.config.vocab_size)
@@ -225,7 +226,7 @@ def test_inspect_proves_constant_memory_from_the_programs(exported: dict[str, Ou
     report = inspect_folder(exported["8da4w"])
     for artifact in report["artifacts"]:
         assert artifact["slots"] == [BUDGET + BLOCK]
-        assert artifact["dynamic_tensors"] == 0
+        assert artifact["dynamic_tensors"] == artifact["unbounded_tensors"] == 0
         assert artifact["constant_memory"]
     program = report["artifacts"][0]["methods"]
     assert program["decode"]["inputs"] == [[1, 1], [1]]

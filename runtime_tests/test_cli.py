@@ -48,6 +48,7 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "-o",
                 str(output),
                 "--no-validate",
+                "--no-stock-runner",
             ]
         )
         == 0
@@ -115,7 +116,10 @@ def test_the_answer_goes_to_stdout_and_the_figures_to_stderr(folder: Path, capsy
 
 def test_inspect_and_lists(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(folder)]) == 0
-    assert "memory constant; slots in the program [24]" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert "memory constant; slots in the program [24], tensors of dynamic size 0 (0 without a bound)" in report
+    assert "  decode: inputs [[1, 1], [1]]" in report
+    assert "  forward: " not in report
     assert main(["inspect", str(folder), "--json"]) == 0
     assert all(a["constant_memory"] for a in json.loads(capsys.readouterr().out)["artifacts"])
     for what, expected in (("models", "llama"), ("policies", "keydiff"), ("targets", "executorch-xnnpack")):
@@ -179,6 +183,7 @@ def test_export_without_model_or_card(capsys: pytest.CaptureFixture[str]) -> Non
         ("model: m\nbudget: 8\nblock: 8\ncolour: red\n", "unknown field 'colour'"),
         ("model: m\nblock: 8\n", "field 'budget' is missing"),
         ("model: m\nbudget: many\nblock: 8\n", "budget must be a whole number"),
+        ("model: m\nbudget: 8\nblock: 8\nstock_runner: 1\n", "stock_runner must be true or false, got 1"),
     ],
 )
 def test_a_bad_graph_card_is_named(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+import keydiff_export
 from keydiff_export.errors import UserError
-from keydiff_export.generate import Sampling, generate, stream
+from keydiff_export.generation import Sampling, generate, stream
 from keydiff_export.models import LoadedModel
 from keydiff_export.runtime.base import Logits, Runner, Snapshot
 
@@ -77,3 +80,11 @@ def test_sampling_follows_the_distribution() -> None:
 def test_bad_sampling_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError):
         Sampling(**bad)
+
+
+def test_no_module_hides_a_function_of_the_package() -> None:
+    """Importing a submodule sets an attribute of the package by its name."""
+    for module in ("cli", "commands.export", "commands.run", "commands.validate", "lowering"):
+        importlib.import_module(f"keydiff_export.{module}")
+    for name in keydiff_export.__all__:
+        assert callable(getattr(keydiff_export, name)), name

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from test_stock_runner import stock
 from transformers import AutoTokenizer
 
 import keydiff_export
 from keydiff_export.inspection import inspect_folder
 from keydiff_export.manifest import OutputFolder
+from keydiff_export.text import long_text
 
 pytestmark = pytest.mark.real_model
 
@@ -22,9 +25,13 @@ CARD = ROOT / "graphs" / "smollm2-135m"
 
 @pytest.fixture(scope="module")
 def folder(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
-    """The shipped card, exported with its parity run over 4,096 tokens; an artifact that fails leaves no folder."""
+    """The shipped card, exported with its parity run over 4,096 tokens; an artifact that fails leaves no folder.
+
+    KEYDIFF_DEMO_EXPORT names a folder to put it, for those that come after these tests.
+    """
     assert keydiff_export.load_card(CARD).model == demo_model
-    return keydiff_export.export(CARD, tmp_path_factory.mktemp("demo") / "out")
+    place = os.environ.get("KEYDIFF_DEMO_EXPORT")
+    return keydiff_export.export(CARD, Path(place) if place else tmp_path_factory.mktemp("demo") / "out")
 
 
 def test_parity_report(folder: OutputFolder) -> None:
@@ -41,6 +48,31 @@ def test_the_graphs_have_the_cards_locked_signature(folder: OutputFolder) -> Non
     from lock_card import signature
 
     assert signature(folder.manifest) == json.loads((CARD / "signature.json").read_text())
+
+
+def test_the_chat_template_in_pieces(folder: OutputFolder) -> None:
+    turn = "<|im_end|>\n<|im_start|>user\n"
+    greeting = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert json.loads((folder.path / "chat.json").read_text()) == {
+        "user": {
+            "before": f"<|im_start|>system\n{greeting}{turn}",
+            "after": "<|im_end|>\n<|im_start|>assistant\n",
+        },
+        "follow_up": turn,
+        "system": {"before": "<|im_start|>system\n", "after": turn},
+        "trims": False,
+    }
+
+
+def test_the_stock_runner_says_what_run_says(folder: OutputFolder, tmp_path: Path) -> None:
+    """ExecuTorch's own LLM runner over `forward`, a prompt longer than the cache, with a tail."""
+    tokenizer = AutoTokenizer.from_pretrained(folder.path)
+    prompt = tokenizer.decode(tokenizer(long_text())["input_ids"][:1003])
+    expected = keydiff_export.generate(folder, prompt, runtime="executorch", raw=True, max_new_tokens=24)
+    assert expected.prompt_tokens > 512 + 128
+    assert expected.prompt_tokens % 128
+    [pieces] = stock(folder.path, tmp_path, [prompt], 24)
+    assert "".join(pieces) == expected.text
 
 
 def test_programs_hold_exactly_n_plus_b_slots(folder: OutputFolder) -> None:

@@ -47,6 +47,17 @@ class GraphRunner(Runner):
         return make_snapshot(layers, self.seen, self.budget)
 
 
+class ForwardRunner(GraphRunner):
+    """Steps the one method `forward`, which takes blocks, tails and single tokens without padding."""
+
+    def _prefill(self, tokens: list[int]) -> Logits:
+        with torch.no_grad():
+            return self.graph.forward(torch.tensor([tokens]), torch.tensor([self.seen]), self.layers)[0].numpy()
+
+    def _decode(self, token: int) -> Logits:
+        return self._prefill([token])
+
+
 def compare(runner: Runner, reference: Reference, tokens: list[int], steps: list[int]) -> None:
     """Same tokens through both, step by step: logits and held sets."""
     for length in steps:
@@ -60,6 +71,16 @@ def mixed_steps(block: int) -> list[int]:
     """First block, partial tail, long run, generation, a second prompt in the middle of it, generation again."""
     tail = max(1, block - 2)
     return [block] * 5 + [tail] + [1] * 30 + [block, tail, block] + [1] * 5
+
+
+@pytest.mark.parametrize(("budget", "block"), [(16, 4), (7, 5), (5, 5), (1, 1), (20, 1), (64, 8)])
+@pytest.mark.parametrize("policy", ["keydiff", "knorm", "snapkv", "full"])
+def test_forward_equals_the_reference(tiny: LoadedModel, budget: int, block: int, policy: str) -> None:
+    steps = mixed_steps(block)
+    budget = sum(steps) if policy == "full" else budget
+    runner = ForwardRunner(tiny, policy, 0.2 if policy != "full" else 0.0, budget, block)
+    reference = Reference(tiny.model, runner.graph.policy, budget, block)
+    compare(runner, reference, random_tokens(sum(steps), tiny.model.config.vocab_size), steps)
 
 
 @pytest.mark.parametrize("recent", [0.0, 0.3, 1.0])

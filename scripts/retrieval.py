@@ -7,7 +7,7 @@ from pathlib import Path
 
 from keydiff_export import Sampling, load
 from keydiff_export.commands.run import load_tokenizer, open_runtime
-from keydiff_export.generate import generate
+from keydiff_export.generation import generate
 from keydiff_export.text import long_text
 
 FACTS = (

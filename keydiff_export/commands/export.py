@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..chat import CHAT, cut_template
 from ..errors import UserError
-from ..generate import system_prompt_tokens
+from ..generation import system_prompt_tokens
 from ..lowering import Phases, get_target
 from ..manifest import (
     MANIFEST,
@@ -47,6 +48,7 @@ def export_model(
     """
     targets = [get_target(name) for name in spec.targets]
     for target in targets:
+        target.stock_runner = spec.stock_runner
         if spec.quant not in target.quants:
             raise UserError(
                 f"target {target.name} does not take --quant {spec.quant}: choose one of {', '.join(target.quants)}"
@@ -56,6 +58,8 @@ def export_model(
     with new_folder(output) as folder:
         with phases.phase("load model"):
             loaded = load_model(spec.model)
+            # One list of end tokens for the manifest, generation_config.json and the metadata of a .pte.
+            loaded.model.generation_config.eos_token_id = eos_token_ids(loaded)
         pinned = 0 if spec.system_prompt is None else system_prompt_tokens(loaded.tokenizer, spec.system_prompt)
         policy = spec.make_policy(pinned)
         with phases.phase("quantise"):
@@ -148,6 +152,9 @@ def _write_tokenizer(loaded: LoadedModel, folder: Path) -> list[dict[str, object
     loaded.tokenizer.save_pretrained(folder)
     loaded.model.generation_config.save_pretrained(folder)
     loaded.model.config.save_pretrained(folder)
+    chat = cut_template(loaded.tokenizer)
+    if chat is not None:
+        write_json(folder / CHAT, chat)
     names = [p.name for p in folder.iterdir() if p.name not in before]
     if "tokenizer.json" not in names:
         raise UserError(f"model {loaded.source!r} has no fast tokenizer (tokenizer.json): use a model that has one")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..generate import Result, Sampling, check_context, encode_prompt, generate
+from ..generation import Result, Sampling, check_context, encode_prompt, generate
 from ..manifest import OutputFolder
 from ..qnn_sdk import soc
 from ..runtime import open_artifact

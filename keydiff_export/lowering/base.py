@@ -51,12 +51,17 @@ class Lowered:
 
 
 class Target(ABC):
-    """One way to lower the static graphs. Adding a target is one file with a subclass and one line of registration."""
+    """One way to lower the static graphs. Adding a target is one file with a subclass and one line of registration.
+
+    Attributes:
+        stock_runner: whether to add what the runtime's own LLM runner calls, where it has one.
+    """
 
     name: ClassVar[str]
     runtime: ClassVar[str]
     quants: ClassVar[tuple[str, ...]]
     summary: ClassVar[str]
+    stock_runner: bool = False
 
     @abstractmethod
     def activation(self, quant: str) -> Activation:

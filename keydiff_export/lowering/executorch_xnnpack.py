@@ -1,4 +1,4 @@
-"""ExecuTorch with the XNNPACK delegate: one .pte, methods `prefill`, `decode` and `snapshot` over one shared cache."""
+"""ExecuTorch with the XNNPACK delegate: one .pte, `prefill`, `decode`, `forward`, `snapshot` over one shared cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
-from torch.export import ExportedProgram, export
+from torch.export import Dim, ExportedProgram, export
 from torchao.utils import unwrap_tensor_subclass
 
 from ..graph import StaticGraph
@@ -23,10 +23,22 @@ from ..shape import CacheShape
 from ..slots import LayerSlots, new_layers
 from .base import Lowered, Phases, Target
 from .executorch_ops import ExecuTorchOps
-from .rewrites import drop_provenance, lazy_code, rank_changes_to_reshapes, reductions_to_linear, shallow_provenance
+from .rewrites import (
+    drop_provenance,
+    half_rotations_to_linear,
+    lazy_code,
+    rank_changes_to_reshapes,
+    reductions_to_linear,
+    run_time_sizes_to_inferred,
+    shallow_provenance,
+)
 from .xnnpack_partition import SegmentPartitioner
 
 FILE = "model.pte"
+FORWARD = "forward"
+# ExecuTorch's own LLM runner would generate with a method named `decode`, over another cache than that of `forward`. So
+# beside `forward` it has another name.
+DECODE_BESIDE_FORWARD = "decode_one"
 
 
 class ExecuTorchXnnpack(Target):
@@ -51,14 +63,18 @@ class ExecuTorchXnnpack(Target):
         with warnings.catch_warnings(), shallow_provenance(), lazy_code():
             warnings.simplefilter("ignore")
             with phases.phase("executorch-xnnpack: trace"):
-                programs = _trace(graph)
+                # It evicts at every token; where k tokens leave at once it would keep others.
+                stock_runner = self.stock_runner and shape.evict_every == 1
+                programs = _trace(graph, stock_runner)
                 for program in programs.values():
                     reductions_to_linear(program)
+                    half_rotations_to_linear(program)
                     rank_changes_to_reshapes(program)
                     drop_provenance(program)
             with phases.phase("executorch-xnnpack: lower"):
                 edge = to_edge_transform_and_lower(
                     programs,
+                    transform_passes={FORWARD: [run_time_sizes_to_inferred]} if FORWARD in programs else None,
                     partitioner={name: [SegmentPartitioner()] for name in programs},
                     compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
                     constant_methods=_metadata(model, shape),
@@ -74,7 +90,8 @@ class ExecuTorchXnnpack(Target):
                     lowered.write_to_file(stream)
         plans = lowered.executorch_program.execution_plan
         planned = max(sum(plan.non_const_buffer_sizes) for plan in plans)
-        inputs = {name: list(examples) for name, examples in graph.methods().items()}
+        inputs = {_name(name, stock_runner): list(examples) for name, examples in graph.methods().items()}
+        inputs[FORWARD] = ["tokens", "start"]
         methods = {
             name: {"inputs": _inputs(program, inputs.get(name, [])), "outputs": _outputs(program)}
             for name, program in programs.items()
@@ -134,13 +151,27 @@ class _Snapshot(_Method):
         return copies
 
 
-def _trace(graph: StaticGraph) -> dict[str, ExportedProgram]:
+def _trace(graph: StaticGraph, stock_runner: bool) -> dict[str, ExportedProgram]:
     with torch.no_grad():
         programs = {
-            name: export(_Step(graph, name), tuple(inputs.values()), strict=False)
+            _name(name, stock_runner): export(_Step(graph, name), tuple(inputs.values()), strict=False)
             for name, inputs in graph.methods().items()
         }
+        if stock_runner:
+            inputs = graph.methods()["prefill"]
+            length = Dim("length", min=1, max=graph.shape.block)
+            programs[FORWARD] = export(
+                _Step(graph, FORWARD),
+                (inputs["tokens"], inputs["start"]),
+                dynamic_shapes=(({1: length}, None),),
+                strict=False,
+            )
         return {**programs, "snapshot": export(_Snapshot(graph), (), strict=False)}
+
+
+def _name(method: str, stock_runner: bool) -> str:
+    """What a method of the graph is called in the program."""
+    return DECODE_BESIDE_FORWARD if stock_runner and method == "decode" else method
 
 
 def _metadata(model: nn.Module, shape: CacheShape) -> dict[str, Any]:
@@ -150,23 +181,29 @@ def _metadata(model: nn.Module, shape: CacheShape) -> dict[str, Any]:
         "get_max_seq_len": shape.block,
         "get_max_context_len": model.config.max_position_embeddings,
         "get_n_layers": shape.layers,
+        "get_eos_ids": model.generation_config.eos_token_id,
         "use_kv_cache": True,
+        "enable_dynamic_shape": True,
     }
 
 
 def _inputs(program: ExportedProgram, names: list[str]) -> list[dict[str, Any]]:
     nodes = {node.name: node for node in program.graph.nodes}
-    return [_describe(n, nodes[p].meta["val"]) for n, p in zip(names, program.graph_signature.user_inputs, strict=True)]
+    inputs = zip(names, program.graph_signature.user_inputs, strict=True)
+    return [_describe(name, nodes[place].meta["val"], program) for name, place in inputs]
 
 
 def _outputs(program: ExportedProgram) -> list[dict[str, Any]]:
     nodes = {node.name: node for node in program.graph.nodes}
     outputs = [nodes[str(name)].meta["val"] for name in program.graph_signature.user_outputs]
     if len(outputs) == 1:
-        return [_describe("logits", outputs[0])]
+        return [_describe("logits", outputs[0], program)]
     parts = SNAPSHOT if outputs[2].dtype is torch.int8 else SNAPSHOT[:-1]
-    return [_describe(f"{parts[i % len(parts)]}_{i // len(parts)}", value) for i, value in enumerate(outputs)]
+    return [_describe(f"{parts[i % len(parts)]}_{i // len(parts)}", value, program) for i, value in enumerate(outputs)]
 
 
-def _describe(name: str, value: Tensor) -> dict[str, Any]:
-    return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+def _describe(name: str, value: Tensor, program: ExportedProgram) -> dict[str, Any]:
+    """Name, dtype and shape; a size that changes from call to call is given by its upper bound."""
+    limits = program.range_constraints
+    shape = [size if isinstance(size, int) else int(limits[size.node.expr].upper) for size in value.shape]
+    return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape}

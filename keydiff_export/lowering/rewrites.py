@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
+from torch.fx.passes.infra.pass_base import PassResult
 
 aten = torch.ops.aten
 
@@ -43,11 +44,16 @@ def reductions_to_linear(program: ExportedProgram) -> None:
             product.meta = dict(node.meta)
             if not _keeps_axis(node):
                 product.meta["val"] = node.meta["val"].unsqueeze(-1)
-                flat = graph.call_function(aten.view.default, (product, list(node.meta["val"].shape)))
+                flat = graph.call_function(aten.view.default, (product, _sizes(node.meta["val"])))
                 flat.meta = dict(node.meta)
                 product = flat
         _replace(program, node, product)
     program.graph_module.recompile()
+
+
+def _sizes(value: torch.Tensor) -> list[int]:
+    """Sizes for a reshape, -1 for the one that is only known at run time."""
+    return [size if isinstance(size, int) else -1 for size in value.shape]
 
 
 def _replace(program: ExportedProgram, old: Node, new: Node) -> None:
@@ -72,7 +78,7 @@ _RANK_CHANGES = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, at
 
 
 def rank_changes_to_reshapes(program: ExportedProgram) -> None:
-    """Writes every static change of rank as a reshape.
+    """Writes every change of rank that keeps all numbers as a reshape.
 
     XNNPACK takes reshapes but refuses squeeze, select and an unsqueeze off the last axis, and each refusal ends a
     delegate.
@@ -85,10 +91,77 @@ def rank_changes_to_reshapes(program: ExportedProgram) -> None:
         if source.numel() != value.numel():
             continue
         with graph.inserting_before(node):
-            view = graph.call_function(aten.reshape.default, (node.args[0], list(value.shape)))
+            view = graph.call_function(aten.reshape.default, (node.args[0], _sizes(value)))
         view.meta = dict(node.meta)
         _replace(program, node, view)
     program.graph_module.recompile()
+
+
+def half_rotations_to_linear(program: ExportedProgram) -> None:
+    """Writes the rotation (x1, x2) -> (-x2, x1) of rotary embeddings as a product with a constant matrix.
+
+    XNNPACK does not slice tensors whose sizes change, and each slice ends a delegate. A row of the product has one term
+    that is not zero, so the numbers are the same.
+    """
+    graph = program.graph
+    matrices: dict[int, Node] = {}
+    for node in list(graph.nodes):
+        source = _rotated(node)
+        if source is None:
+            continue
+        width = source.meta["val"].shape[-1]
+        if width not in matrices:
+            half, one = width // 2, torch.eye(width // 2)
+            matrix = torch.zeros(width, width)
+            matrix[:half, half:], matrix[half:, :half] = -one, one
+            with graph.inserting_before(next(iter(graph.nodes))):
+                matrices[width] = create_constant_placeholder(
+                    program, graph, f"rotate_{width}", InputKind.PARAMETER, matrix
+                )
+        with graph.inserting_before(node):
+            product = graph.call_function(aten.linear.default, (source, matrices[width]))
+        product.meta = dict(node.meta)
+        _replace(program, node, product)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def _rotated(node: Node) -> Node | None:
+    """x of cat([-x2, x1]) over the last axis of a run-time sized x = (x1, x2), else None."""
+    if node.target is not aten.cat.default or len(node.args[0]) != 2:
+        return None
+    negated, first = node.args[0]
+    if negated.target is not aten.neg.default:
+        return None
+    second = negated.args[0]
+    halves = (aten.slice.Tensor, first.target, second.target)
+    if len(set(halves)) != 1 or first.args[0] is not second.args[0]:
+        return None
+    source = first.args[0]
+    value = source.meta["val"]
+    axis, half = value.dim() - 1, value.shape[-1] // 2
+    is_rotation = (
+        value.dtype == torch.float32
+        and -1 in _sizes(value)
+        and node.args[1] in (-1, axis)
+        and [part.args[1] % value.dim() for part in (first, second)] == [axis, axis]
+        and first.args[2:4] == (0, half)
+        and second.args[2] == half
+        and first.meta["val"].shape[-1] == second.meta["val"].shape[-1] == half
+    )
+    return source if is_rotation else None
+
+
+def run_time_sizes_to_inferred(module: GraphModule) -> PassResult:
+    """Writes a size that is only known at run time as -1 in reshapes (edge dialect): XNNPACK refuses a symbol."""
+    for node in module.graph.nodes:
+        if "view_copy" in str(node.target):
+            sizes = _sizes(node.meta["val"])
+            if sizes.count(-1) == 1:
+                node.args = (node.args[0], sizes)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return PassResult(module, True)
 
 
 def drop_provenance(program: ExportedProgram) -> None:

@@ -30,6 +30,10 @@ def _quiet_native_log() -> Iterator[None]:
         os.close(kept)
 
 
+# The name of `decode` in programs that also have `forward`.
+DECODE_BESIDE_FORWARD = "decode_one"
+
+
 class ExecuTorchRunner(Runner):
     """Steps the methods of a .pte.
 
@@ -57,7 +61,9 @@ class ExecuTorchRunner(Runner):
             # The Program API gives all methods one set of memory arenas, and so one cache; the Module API does not.
             with _quiet_native_log():
                 self._program = portable_lib._load_program(str(file))
-                self._methods = {name: self._program.load_method(name) for name in self.methods}
+                names = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
+                renamed = {"decode": DECODE_BESIDE_FORWARD} if DECODE_BESIDE_FORWARD in names else {}
+                self._methods = {name: self._program.load_method(renamed.get(name, name)) for name in self.methods}
         except RuntimeError as error:
             raise UserError(f"{file} is not a program that ExecuTorch can load: export it again") from error
 
