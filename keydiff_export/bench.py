@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .attention import ATTENTION_NAME
+from .complexity import Needs
 from .inspection import inspect_program
 from .lowering import Phases, get_target
 from .models import cache_shape
@@ -61,6 +62,18 @@ def policy_state_bytes(shape: CacheShape, policy: Policy) -> int:
     """Bytes a layer that a policy keeps beside keys, values, positions and the pending slot."""
     layer = new_layers(shape, policy, TorchOps())[0]
     return sum(t.nbytes for t in (layer.state, layer.total) if t is not None)
+
+
+def policy_needs(policy: Policy) -> Needs:
+    """What a policy asks for, as `complexity` counts it."""
+    wanted = policy.key_sum()
+    return Needs(
+        slot_number=policy.slot_state(torch.zeros(1, 1, 1)) is not None,
+        key_sum=wanted is not None,
+        decays=wanted is not None and wanted.decay > 0,
+        probe=type(policy).probe is not Policy.probe,
+        queries=policy.observed_queries(),
+    )
 
 
 def bench_policies(

@@ -50,7 +50,12 @@ def test_the_table_has_every_policy_and_size() -> None:
     ]
     lines = bench_table(report).splitlines()
     assert sum(line.startswith("| onnx-cpu |") for line in lines) == 6
-    assert lines[-2].startswith("| keydiff | 1.00 |")
+    assert next(line for line in lines if line.startswith("| keydiff |")).startswith("| keydiff | 1.00 |")
+    on_paper = [line.split(" | ") for line in lines if line.startswith(("| 32 |", "| 48 |"))]
+    assert [cells[1] for cells in on_paper] == ["full", "keydiff", "sink:sinks=2"] * 2
+    measured = {(row["slots"], row["policy"]): row["state_bytes"] for row in report["rows"]}
+    for row in report["complexity"]:
+        assert row["state_bytes"] == measured[row["slots"], row["policy"]]
 
 
 @pytest.mark.parametrize(
