@@ -71,7 +71,7 @@ def attention_bytes(step: Step) -> int:
 
 
 def selection_comparisons(step: Step) -> int:
-    """Comparisons that find the tokens to leave: one pass for a token, a heap of B for a block. The same for every policy."""
+    """Comparisons that find the tokens to leave, whatever the policy: one pass for a token, a heap of B for a block."""
     each = 1 if step.length == 1 else math.ceil(math.log2(step.length))
     return step.heads * step.slots * each
 
