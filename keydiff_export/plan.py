@@ -120,7 +120,8 @@ def activation_bytes(model: ModelSizes, slots: int, block: int) -> int:
         queries, output, residual, its norm  2 Hq B d + 2 B D
         scores and order of leaving          6 H S
 
-    in float32, or the row of vocabulary logits where that is more.
+    in float32, or the row of vocabulary logits where that is more. A model of one layer needs one residual and one
+    output fewer.
     """
     heads, width = model.kv_heads, model.head_dim
     rows = model.query_heads // heads * block + 1
