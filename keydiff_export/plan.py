@@ -4,12 +4,14 @@ Memory of one artifact is the sum of
 
 - the weights as its runtime holds them (`loaded_bytes`). A kernel packs the matrices into a layout of its own, and each
   method (prefill, decode) packs them again. ExecuTorch lets go of the matrices in its mapped file then and keeps the
-  embedding there once; ONNX Runtime keeps everything a session. The files themselves are `file_bytes`;
+  embedding there once; ONNX Runtime keeps everything a session, and the mapped embedding once more where it is no head
+  (`scripts/plan_check.py` measures both). The files themselves are `file_bytes`;
 - the state: keys, values, positions, the pending slot and what KeyDiff keeps (`all_state_bytes`);
-- the activations that ExecuTorch plans for prefill (`activation_bytes`); ONNX Runtime plans when it loads, and is
-  taken to need as many.
+- the activations that ExecuTorch plans for prefill (`activation_bytes`);
+- what a runtime takes beside (`RUNTIME_BYTES`): its code, XNNPACK's workspace, ONNX Runtime's arena, which no file
+  tells of. Measured on the demo model alone, so a guess for others.
 
-The runtime's code and XNNPACK's workspace come on top. Speed is a roofline: a step takes the time of its bytes or of
+Speed is a roofline: a step takes the time of its bytes or of
 its operations, whichever is longer, with the figures of `devices.py`. This file needs neither torch nor numpy.
 """
 
@@ -26,6 +28,8 @@ from .sizes import FAMILIES, ModelSizes
 METHODS = 2  # prefill and decode
 # Program, small constants and padding of both methods, a layer; measured on the demo cards, 45 to 80 KB.
 GRAPH_BYTES = 66_000
+# Resident memory of the demo cards less the terms above, median of three quantisations (scripts/plan_check.py).
+RUNTIME_BYTES = {"executorch-xnnpack": 16_000_000, "onnx-cpu": 130_000_000}
 
 
 @dataclass(frozen=True)
@@ -85,18 +89,25 @@ def matrix_bytes(model: ModelSizes, storage: Storage) -> int:
     return round(body + model.table * storage.head + model.vocabulary * storage.head_row)
 
 
+def embedding_bytes(model: ModelSizes, storage: Storage) -> int:
+    """The embedding where it is stored beside the head, else 0."""
+    if storage.shared and model.tied:
+        return 0
+    return round(model.table * storage.embedding + model.vocabulary * storage.embedding_row)
+
+
 def file_bytes(model: ModelSizes, storage: Storage) -> int:
     """Files of one artifact."""
-    embedding = model.table * storage.embedding + model.vocabulary * storage.embedding_row
-    if storage.shared and model.tied:
-        embedding = 0
-    return round(matrix_bytes(model, storage) + embedding + FLOAT * model.vectors + GRAPH_BYTES * model.layers)
+    matrices = matrix_bytes(model, storage) + embedding_bytes(model, storage)
+    return matrices + FLOAT * model.vectors + GRAPH_BYTES * model.layers
 
 
 def loaded_bytes(model: ModelSizes, storage: Storage) -> int:
     """Weights in memory once both methods are loaded."""
     file = file_bytes(model, storage)
-    return METHODS * file if storage.per_method else file + (METHODS - 1) * matrix_bytes(model, storage)
+    if storage.per_method:
+        return METHODS * file + embedding_bytes(model, storage)
+    return file + (METHODS - 1) * matrix_bytes(model, storage)
 
 
 def cache_bytes(model: ModelSizes, slots: int) -> int:
@@ -182,15 +193,17 @@ class Cost:
     cache_bytes: int
     state_bytes: int
     activation_bytes: int
+    runtime_bytes: int
     total_bytes: int
     ttft_s: float
     tokens_per_s: float
 
 
-def memory_bytes(model: ModelSizes, storage: Storage, slots: int, block: int) -> int:
-    """Weights as loaded, state and activations of one artifact."""
-    moving = all_state_bytes(model, slots) + activation_bytes(model, slots, block)
-    return loaded_bytes(model, storage) + moving
+def memory_bytes(model: ModelSizes, request: Request, slots: int) -> int:
+    """Weights as loaded, state, activations and runtime of one artifact."""
+    moving = all_state_bytes(model, slots) + activation_bytes(model, slots, request.block)
+    weights = loaded_bytes(model, get_storage(request.target, request.quant))
+    return weights + moving + RUNTIME_BYTES[request.target]
 
 
 def _cost(model: ModelSizes, request: Request, device: Device, slots: int, full: bool) -> Cost:
@@ -205,7 +218,8 @@ def _cost(model: ModelSizes, request: Request, device: Device, slots: int, full:
         cache_bytes=cache_bytes(model, slots),
         state_bytes=all_state_bytes(model, slots),
         activation_bytes=activation_bytes(model, slots, block),
-        total_bytes=memory_bytes(model, storage, slots, block),
+        runtime_bytes=RUNTIME_BYTES[request.target],
+        total_bytes=memory_bytes(model, request, slots),
         ttft_s=blocks * step_seconds(model, storage, request.quant, device, met, block, not full),
         tokens_per_s=1 / step_seconds(model, storage, request.quant, device, slots, 1, not full),
     )
@@ -225,12 +239,12 @@ def largest_budget(model: ModelSizes, request: Request) -> int:
     best = 0
     for budget in range(block, -(-request.context // block) * block + 1, block):
         slots = budget + block
-        fits = ram is None or memory_bytes(model, storage, slots, block) <= ram
+        fits = ram is None or memory_bytes(model, request, slots) <= ram
         if not fits or (best and cache_bytes(model, slots) > weights):
             break
         best = budget
     if not best:
-        least = memory_bytes(model, storage, 2 * block, block)
+        least = memory_bytes(model, request, 2 * block)
         raise UserError(
             f"{request.target} with --quant {request.quant} needs at least {least / 1e6:.0f} MB, more than --ram "
             f"{(ram or 0) / 1e6:.0f} MB: choose fewer bits, a smaller block or a smaller model"

@@ -159,12 +159,11 @@ def test_published_speeds_of_a_phone(config: dict[str, Any], decode: float, pref
 
 
 def test_the_largest_budget_that_fits() -> None:
-    model, storage = llama(LLAMA_1B), get_storage("executorch-xnnpack", "8da4w")
-    request = replace(REQUEST, ram=2_200_000_000)
+    model, request = llama(LLAMA_1B), replace(REQUEST, ram=2_200_000_000)
     budget = largest_budget(model, request)
     assert budget % 128 == 0
-    assert memory_bytes(model, storage, budget + 128, 128) <= 2_200_000_000
-    assert memory_bytes(model, storage, budget + 256, 128) > 2_200_000_000
+    assert memory_bytes(model, request, budget + 128) <= 2_200_000_000
+    assert memory_bytes(model, request, budget + 256) > 2_200_000_000
 
 
 def test_a_budget_needs_no_more_than_the_prompt_nor_more_cache_than_weights() -> None:

@@ -97,6 +97,7 @@ def plan_table(report: dict[str, Any]) -> str:
         ("weights in files MB", "file_bytes", 1e6, ".0f"),
         ("weights as loaded MB", "loaded_bytes", 1e6, ".0f"),
         ("activations MB", "activation_bytes", 1e6, ".1f"),
+        ("runtime MB", "runtime_bytes", 1e6, ".0f"),
         ("all memory MB", "total_bytes", 1e6, ".0f"),
         ("predicted first token s", "ttft_s", 1, ".2f"),
         ("predicted tokens/s", "tokens_per_s", 1, ".1f"),
