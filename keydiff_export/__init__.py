@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported on first use: child processes import this package too, and torchao alone takes seconds.
+# Imported on first use: torch and torchao take seconds, and child processes, `plan` and `--help` need none of it.
 _LAZY = {
     "ExportSpec": "spec",
     "OutputFolder": "manifest",

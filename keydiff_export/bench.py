@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .attention import ATTENTION_NAME
+from .complexity import Needs
 from .inspection import inspect_program
 from .lowering import Phases, get_target
 from .models import cache_shape
@@ -64,6 +65,18 @@ def policy_state_bytes(shape: CacheShape, policy: Policy) -> int:
     return sum(t.nbytes for t in (layer.state, layer.total) if t is not None)
 
 
+def policy_needs(policy: Policy) -> Needs:
+    """What a policy asks for, as `complexity` counts it."""
+    wanted = policy.key_sum()
+    return Needs(
+        slot_number=policy.slot_state(torch.zeros(1, 1, 1)) is not None,
+        key_sum=wanted is not None,
+        decays=wanted is not None and wanted.decay > 0,
+        probe=type(policy).probe is not Policy.probe,
+        queries=policy.observed_queries(),
+    )
+
+
 def bench_policies(
     policies: dict[str, Policy],
     target: str,
@@ -87,18 +100,14 @@ def bench_policies(
         One row a policy: milliseconds of both steps, milliseconds that eviction adds (median of paired differences,
         with the smallest and largest), operators of both methods, and bytes of state.
     """
-    model, lowering = one_layer_model(shape), get_target(target)
+    model = one_layer_model(shape)
     sizes = cache_shape(model.config, slots - block, block)
     runners: dict[str, Runner] = {}
     operators: dict[str, dict[str, int]] = {}
     for name, policy in policies.items():
-        place = folder / f"{target}-{slots}-{len(runners)}"
-        place.mkdir(parents=True)
         report(f"{target}, {slots} slots: {name}")
-        lowering.lower(model, "none", sizes, policy, place, Phases(lambda phase, seconds: None))
-        methods = inspect_program(place, lowering.runtime)
-        operators[name] = {m: sum(methods[m]["kernels_outside_delegates"].values()) for m in ("decode", "prefill")}
-        runners[name] = open_artifact(place, lowering.runtime, sizes.budget, block, threads=1)
+        place = folder / f"{target}-{slots}-{len(runners)}"
+        runners[name], operators[name] = lowered_runner(model, target, sizes, policy, place)
     rows: list[dict[str, Any]] = [
         {
             "target": target,
@@ -110,7 +119,7 @@ def bench_policies(
         for name, policy in policies.items()
     ]
     for method, length, repeats in (("decode", 1, DECODE_REPEATS), ("prefill", block, PREFILL_REPEATS)):
-        times = _in_turn(runners, length, repeats)
+        times = in_turn(runners, length, repeats)
         for row in rows:
             own, base = times[row["policy"]], times["full"]
             added = [a - b for a, b in zip(own, base, strict=True)]
@@ -122,20 +131,32 @@ def bench_policies(
     return rows
 
 
-def _in_turn(runners: dict[str, Runner], length: int, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of processor time a step of `length` tokens, every cache full."""
+def lowered_runner(
+    model: torch.nn.Module, target: str, sizes: CacheShape, policy: Policy, place: Path
+) -> tuple[Runner, dict[str, int]]:
+    """Lowers a model in float32 into a new folder and opens it with one thread; with it, operators by method."""
+    lowering = get_target(target)
+    place.mkdir(parents=True)
+    lowering.lower(model, "none", sizes, policy, place, Phases(lambda phase, seconds: None))
+    methods = inspect_program(place, lowering.runtime)
+    operators = {m: sum(methods[m]["kernels_outside_delegates"].values()) for m in ("decode", "prefill")}
+    return open_artifact(place, lowering.runtime, sizes.budget, sizes.block, threads=1), operators
+
+
+def in_turn(runners: dict[str, Runner], length: int | None, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of processor time a step of `length` tokens, or of each runner's block; every cache full."""
     tokens = torch.randint(0, VOCABULARY, (max(r.block for r in runners.values()),)).tolist()
     for runner in runners.values():
         runner.reset()
         while runner.seen <= runner.budget + runner.block:
-            runner.step(tokens)
+            runner.step(tokens[: runner.block])
         for _ in range(WARM_UP):
-            runner.step(tokens[:length])
+            runner.step(tokens[: length or runner.block])
     times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(repeats):
         for name, runner in runners.items():
             began = time.process_time()
-            runner.step(tokens[:length])
+            runner.step(tokens[: length or runner.block])
             times[name].append((time.process_time() - began) * 1e3)
     return times
 

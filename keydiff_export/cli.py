@@ -113,6 +113,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="what is installed and what each target needs")
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(verb=_doctor)
+    plan = verbs.add_parser(
+        "plan",
+        help="memory and speed of an export before it is made, from config.json alone",
+        description="Without --budget, N is the largest multiple of B that fits --ram, is no more than the context and "
+        "lets a token read no more bytes of cache than of weights. Speeds are predicted from bytes and FLOPs.",
+    )
+    plan.add_argument("--model", help="folder with config.json, or hub id")
+    plan.add_argument("--context", metavar="TOKENS", help="length of the prompt, such as 32k")
+    plan.add_argument("--ram", metavar="SIZE", help="memory that the artifact may take, such as 6GB")
+    plan.add_argument("--budget", type=int, metavar="N", help="tokens held a layer and KV head")
+    plan.add_argument("--block", type=int, default=128, metavar="B", help="tokens read a prefill step")
+    plan.add_argument("--quant", default="8da4w", help="none, 8da4w, int8 or int4")
+    plan.add_argument("--target", default="executorch-xnnpack", help="executorch-xnnpack or onnx-cpu")
+    plan.add_argument("--device", default="cpu", help="whose processor, or `list`")
+    plan.add_argument("--json", action="store_true")
+    plan.set_defaults(verb=_plan)
 
     for name, text in (
         ("models", "supported architectures"),
@@ -359,6 +375,33 @@ def _doctor(options: argparse.Namespace) -> int:
     report = diagnose()
     print(json.dumps(report, indent=2) if options.json else doctor_table(report))
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .commands.plan import parse_bytes, parse_tokens, plan_model, plan_table
+    from .devices import DEVICES
+    from .plan import Request
+
+    if options.device == "list":
+        print("\n".join(DEVICES))
+        return 0
+    for key in ("model", "context"):
+        if getattr(options, key) is None:
+            raise UserError(f"--{key} is missing: give --model FOLDER_OR_HUB_ID --context 32k")
+    report = plan_model(
+        options.model,
+        Request(
+            context=parse_tokens(options.context),
+            block=options.block,
+            target=options.target,
+            quant=options.quant,
+            device=options.device,
+            ram=None if options.ram is None else parse_bytes(options.ram),
+            budget=options.budget,
+        ),
+    )
+    print(json.dumps(report, indent=2) if options.json else plan_table(report))
+    return 0 if report["fits"] else 1
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -9,9 +9,10 @@ import pytest
 
 from keydiff_export.bench import LayerShape, bench_policies, relative_latency
 from keydiff_export.cli import main
-from keydiff_export.commands.bench import bench_all, bench_table
+from keydiff_export.commands.bench import bench_all, bench_table, complexity_rows
 from keydiff_export.errors import UserError
 from keydiff_export.policies import make_policy
+from keydiff_export.policies.knorm import KNorm
 
 SMALL = LayerShape(query_heads=4, kv_heads=2, head_dim=16)
 
@@ -50,7 +51,23 @@ def test_the_table_has_every_policy_and_size() -> None:
     ]
     lines = bench_table(report).splitlines()
     assert sum(line.startswith("| onnx-cpu |") for line in lines) == 6
-    assert lines[-2].startswith("| keydiff | 1.00 |")
+    assert next(line for line in lines if line.startswith("| keydiff |")).startswith("| keydiff | 1.00 |")
+    on_paper = [line.split(" | ") for line in lines if line.startswith(("| 32 |", "| 48 |"))]
+    assert [cells[1] for cells in on_paper] == ["full", "keydiff", "sink:sinks=2"] * 2
+    measured = {(row["slots"], row["policy"]): row["state_bytes"] for row in report["rows"]}
+    for row in report["complexity"]:
+        assert row["state_bytes"] == measured[row["slots"], row["policy"]]
+
+
+def test_a_policy_of_another_package_has_no_definition_on_paper() -> None:
+    class Mine(KNorm):
+        name = "mine"
+
+    (row,) = complexity_rows({"mine": Mine()}, 32, 8, SMALL)
+    assert row["asymptotic"] is None
+    assert row["prefill"]["scoring_flops"] is None
+    assert row["prefill"]["added_flops"] == 0
+    assert row["state_bytes"] == 2 * 32 * 4
 
 
 @pytest.mark.parametrize(

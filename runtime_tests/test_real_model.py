@@ -81,6 +81,12 @@ def test_programs_hold_exactly_n_plus_b_slots(folder: OutputFolder) -> None:
         assert artifact["constant_memory"]
 
 
+def test_plan_knows_the_memory_of_the_artifacts(folder: OutputFolder) -> None:
+    from test_plan import check
+
+    check(folder)
+
+
 @pytest.mark.parametrize("runtime", ["executorch", "onnxruntime"])
 def test_memory_does_not_grow_with_the_prompt(folder: OutputFolder, runtime: str) -> None:
     from demo_text import demo_text
