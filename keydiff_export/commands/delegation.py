@@ -77,6 +77,7 @@ def _spec(folder: OutputFolder, artifact: dict[str, Any], source: Path) -> Expor
         shape.block,
         dict(folder.manifest["policy"]),
         quant=artifact["quant"],
+        cache_dtype=shape.dtype,
         targets=(artifact["target"],),
         soc=artifact.get("soc", "SM8650"),
         name="one layer",
