@@ -241,6 +241,9 @@ def test_unknown_chips_and_policies_are_refused_before_any_work(tiny_folder: Pat
     spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": "tova"}, quant="fp16", targets=("onnx-qnn",))
     with pytest.raises(UserError, match="policy tova cannot be ordered"):
         keydiff_export.export(spec, tmp_path / "b", validate=False)
+    for option in ({"cache_dtype": "int8"}, {"evict_every": 4}):
+        with pytest.raises(UserError, match="takes neither --cache-dtype nor --evict-every"):
+            export_npu(tiny_folder, tmp_path / "c", "onnx-qnn", "fp16", **option)
     with pytest.raises(UserError, match="8-bit activations lose the kept set"):
         ExportSpec(str(tiny_folder), BUDGET, BLOCK, quant="8a8w", targets=("executorch-qnn",))
     assert list(tmp_path.iterdir()) == []

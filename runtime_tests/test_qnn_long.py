@@ -40,7 +40,8 @@ def few_layers(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
 )
 def test_a_few_layers(few_layers: Path, tmp_path: Path, target: str, quant: str) -> None:
     policy = {"name": "keydiff", "recent": 0.2}
-    spec = ExportSpec(str(few_layers), 64, 32, policy, quant=quant, targets=(target,))
+    floors = {"sqnr_floor": 30.0, "jaccard_floor": 0.98, "token_floor": 0.9} if quant == "16a8w" else {}
+    spec = ExportSpec(str(few_layers), 64, 32, policy, quant=quant, targets=(target,), **floors)
     report = validate_folder(keydiff_export.export(spec, tmp_path / "out", validate=False))["artifacts"][0]
     print({key: report[key] for key in ("target", "quant", "gates")})
     assert report["passed"], report["gates"]
