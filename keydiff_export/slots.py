@@ -186,8 +186,8 @@ class SlotCache:
             self.excess = leave < (self.held + count - budget).clamp_min(0)
             # Sort weights that list slots in ascending order: positive, and falling with the slot.
             self.staged_weight = (budget + leave < self.held + count) * (self.most - leave)
-            self.freed_weight = budget - slot[:budget]
-            self.unmarked = torch.zeros(heads, slots, dtype=torch.int64)
+            # One more than can leave: the last takes the marks of those that do not.
+            self.unmarked = torch.zeros(heads, self.most + 1, dtype=torch.int64)
             self.marks = torch.ones(heads, self.most, dtype=torch.int64)
 
     def _observed(self, queries: int, row: Tensor) -> Tensor | None:
@@ -423,14 +423,15 @@ class SlotCache:
         [H, B], first to leave first, only the excess leaves. (k in place of B where k generated tokens leave at once.)
 
         There are as many of the one as of the other. Both are listed in ascending slot order; the unused rest of a
-        list moves into slot S - 1, which is empty after every eviction.
+        list moves into slot S - 1, which is empty after every eviction. Nothing here is as long as the cache.
         """
-        budget, nowhere = self.shape.budget, self.shape.slots - 1
-        leaving = self.unmarked.scatter(1, torch.where(self.excess, victims, nowhere), self.marks)
-        staged = (1 - leaving[:, budget : budget + self.most]) * self.staged_weight
-        source = staged.topk(self.most, dim=-1).indices + budget
-        freed, slot = (leaving[:, :budget] * self.freed_weight).topk(self.most, dim=-1)
-        return source, torch.where(freed > 0, slot, nowhere)
+        budget, most, nowhere = self.shape.budget, self.most, self.shape.slots - 1
+        freed = ((budget - victims).clamp_min(0) * self.excess).topk(most, dim=-1).values
+        behind = victims - budget
+        leaving = self.unmarked.scatter(1, torch.where(self.excess & (behind >= 0), behind, most), self.marks)
+        staged = (1 - leaving[:, :most]) * self.staged_weight
+        source = staged.topk(most, dim=-1).indices + budget
+        return source, torch.where(freed > 0, budget - freed, nowhere)
 
 
 def stored_dtype(shape: CacheShape) -> torch.dtype:
