@@ -11,8 +11,8 @@ Memory of one artifact is the sum of
 - what a runtime takes beside (`RUNTIME_BYTES`): its code, XNNPACK's workspace, ONNX Runtime's arena, which no file
   tells of. Measured on the demo model alone, so a guess for others.
 
-Speed is a roofline: a step takes the time of its bytes or of
-its operations, whichever is longer, with the figures of `devices.py`. This file needs neither torch nor numpy.
+Speed is a roofline: a step takes the time of its bytes or of its operations, whichever is longer, with the figures of
+`devices.py`. This file needs neither torch nor numpy.
 """
 
 from __future__ import annotations
