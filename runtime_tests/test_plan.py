@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -97,21 +98,23 @@ def test_the_tables_follow_the_exporter() -> None:
         assert set(quants) == set(get_target(target).quants)
 
 
-def check(folder: OutputFolder, tolerance: float = 0.05) -> None:
-    """Cache and state to the byte, files and planned memory within the tolerance."""
+def check(folder: OutputFolder) -> None:
+    """Cache and ONNX state to the byte; files and planned memory within 5 %, activations alone within 10 %."""
     model, shape = model_sizes(json.loads((folder.path / "config.json").read_text()), "exported"), folder.shape
     activations = activation_bytes(model, shape.slots, shape.block)
     state = all_state_bytes(model, shape.slots)
     for artifact in inspect_folder(folder)["artifacts"]:
         files = file_bytes(model, get_storage(artifact["target"], artifact["quant"]))
         assert artifact["cache_bytes"] == cache_bytes(model, shape.slots)
-        assert files == pytest.approx(artifact["bytes"], rel=tolerance)
-        for method in artifact["methods"].values() if artifact["target"] == "executorch-xnnpack" else ():
-            # Every method plans the whole state; the rest of what it plans is its own.
-            assert method["planned_memory_bytes"] > state
+        assert files == pytest.approx(artifact["bytes"], rel=0.05)
         if artifact["target"] == "executorch-xnnpack":
             planned = artifact["methods"]["prefill"]["planned_memory_bytes"]
-            assert planned - state == pytest.approx(activations, rel=tolerance)
+            assert state + activations == pytest.approx(planned, rel=0.05)
+            assert activations == pytest.approx(planned - state, rel=0.1)
+        else:
+            states = artifact["methods"]["prefill"]["state"]
+            widths = {"keys": 4, "values": 4, "positions": 8, "pending": 8, "state": 4, "total": 8}
+            assert state == sum(math.prod(size) * widths[name.split("_")[0]] for name, size in states.items())
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -37,6 +38,18 @@ def test_the_terms_of_a_block_are_told_apart() -> None:
     found = scaling.fit(features, [0.3 + b * (0.01 + 2e-5 * (n + b)) for n, b in sizes])
     assert found["coefficients"] == pytest.approx([0.3, 0.01, 2e-5])
     assert found["r2"] == pytest.approx(1)
+
+
+def test_the_peak_counts_from_its_reset() -> None:
+    """Memory that was taken and given back before is not in it; memory that is taken after is."""
+    size = 64 << 20
+    before = np.ones(2 * size, dtype=np.uint8)
+    del before
+    scaling._reset_peak()
+    start = scaling._peak_bytes()
+    after = np.ones(size, dtype=np.uint8)
+    assert 0.9 * size < scaling._peak_bytes() - start < 1.2 * size
+    del after
 
 
 @pytest.fixture(scope="module")
