@@ -9,15 +9,27 @@ The Python API has four verbs:
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .generate import Result, Sampling
-from .manifest import OutputFolder, open_folder
-from .spec import ExportSpec, load_card
+
+if TYPE_CHECKING:
+    from .manifest import OutputFolder
+    from .spec import ExportSpec, load_card
 
 __version__ = "0.1.0"
+
+# Looked up on first use: they need torch, which a process that only runs an artifact does not.
+_ON_USE = {"ExportSpec": "spec", "OutputFolder": "manifest", "load_card": "spec"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ON_USE[name]}", __name__), name)
 
 
 def load(path: str | Path) -> OutputFolder:
@@ -26,12 +38,15 @@ def load(path: str | Path) -> OutputFolder:
     Raises:
         UserError: not an exported folder, or a file in it does not match.
     """
+    from .manifest import open_folder
+
     return open_folder(Path(path))
 
 
 def export(spec: ExportSpec | str | Path, output: str | Path, validate: bool = True) -> OutputFolder:
     """Exports a spec, or the graph card in a folder; see `commands.export.export_model`."""
     from .commands.export import export_model
+    from .spec import ExportSpec, load_card
 
     return export_model(spec if isinstance(spec, ExportSpec) else load_card(Path(spec)), Path(output), validate)
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from .base import Runner
 
 
-def open_artifact(place: Path, runtime: str, budget: int, block: int, threads: int | None = None) -> Runner:
-    """A runner for the artifact in a folder.
+def open_artifact(
+    place: Path, runtime: str, budget: int, block: int, threads: int | None = None, profile: Path | None = None
+) -> Runner:
+    """A runner for the artifact in a folder; with a folder `profile` it writes the runtime's own profile there.
 
     Raises:
         UserError: the runtime's package is missing, or it refuses the artifact.
@@ -16,7 +18,7 @@ def open_artifact(place: Path, runtime: str, budget: int, block: int, threads: i
     if runtime == "executorch":
         from .executorch import ExecuTorchRunner
 
-        return ExecuTorchRunner(place / "model.pte", budget, block, threads)
+        return ExecuTorchRunner(place / "model.pte", budget, block, threads, profile)
     from .onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(place, budget, block, threads)
+    return OnnxRuntimeRunner(place, budget, block, threads, profile)

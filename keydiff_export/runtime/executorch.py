@@ -37,13 +37,17 @@ class ExecuTorchRunner(Runner):
         file: the .pte.
         budget, block: N and B of the graph.
         threads: CPU threads, all cores by default.
+        profile: folder for ExecuTorch's ETDump, none by default.
 
     Raises:
         UserError: ExecuTorch is missing or refuses the file.
     """
 
-    def __init__(self, file: Path, budget: int, block: int, threads: int | None = None) -> None:
+    def __init__(
+        self, file: Path, budget: int, block: int, threads: int | None = None, profile: Path | None = None
+    ) -> None:
         super().__init__(budget, block)
+        self._profile = profile or Path()
         logging.getLogger("executorch").setLevel(logging.ERROR)
         try:
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
@@ -55,7 +59,7 @@ class ExecuTorchRunner(Runner):
         try:
             # The Program API gives all methods one set of memory arenas, and so one cache; the Module API does not.
             with _quiet_native_log():
-                self._program = portable_lib._load_program(str(file))
+                self._program = portable_lib._load_program(str(file), enable_etdump=profile is not None)
                 self._methods = {name: self._program.load_method(name) for name in ("prefill", "decode")}
         except RuntimeError as error:
             raise UserError(f"{file} is not a program that ExecuTorch can load: export it again") from error
@@ -70,6 +74,9 @@ class ExecuTorchRunner(Runner):
     def _run(self, method: str, *inputs: torch.Tensor) -> Logits:
         output = self._methods[method].call(inputs)
         return np.array(output[0].numpy()[0], dtype=np.float32)
+
+    def end_profile(self) -> None:
+        self._program.write_etdump_result_to_file(str(self._profile / "model.etdump"))
 
     def snapshot(self) -> Snapshot:
         if "snapshot" not in self._methods:

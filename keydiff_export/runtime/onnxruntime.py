@@ -21,12 +21,15 @@ class OnnxRuntimeRunner(Runner):
         folder: holds prefill.onnx, decode.onnx and their weights.
         budget, block: N and B of the graph.
         threads: CPU threads, all cores by default.
+        profile: folder for ONNX Runtime's profiles, none by default.
 
     Raises:
         UserError: ONNX Runtime is missing or refuses a file.
     """
 
-    def __init__(self, folder: Path, budget: int, block: int, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, budget: int, block: int, threads: int | None = None, profile: Path | None = None
+    ) -> None:
         super().__init__(budget, block)
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
@@ -43,6 +46,8 @@ class OnnxRuntimeRunner(Runner):
         self._bindings: dict[str, tuple[Any, Any]] = {}
         for method in ("prefill", "decode"):
             file = folder / f"{method}.onnx"
+            if profile is not None:
+                options.enable_profiling, options.profile_file_prefix = True, str(profile / method)
             try:
                 session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
             except Exception as error:  # ONNX Runtime raises a family of its own without a common public base
@@ -85,6 +90,10 @@ class OnnxRuntimeRunner(Runner):
         session, binding = self._bindings[method]
         session.run_with_iobinding(binding)
         return np.array(self._logits[method].numpy()[0])
+
+    def end_profile(self) -> None:
+        for session, _ in self._bindings.values():
+            session.end_profiling()
 
     def snapshot(self) -> Snapshot:
         layers: list[dict[str, np.ndarray]] = []
