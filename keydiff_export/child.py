@@ -31,7 +31,7 @@ def call_in_child(function: str, arguments: dict[str, Any], time_limit: float | 
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=time_limit)
         except subprocess.TimeoutExpired as error:
-            raise UserError(f"took more than {time_limit:.0f} s") from error
+            raise UserError(f"took more than {time_limit:g} s") from error
         if done.returncode != 0 or not answer.is_file():
             said = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else []
             raise UserError(said[0] if said else f"the process ended with status {done.returncode}")
