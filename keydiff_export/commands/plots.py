@@ -58,7 +58,7 @@ def _lines(report: dict[str, Any], folder: Path, figure: str, title: str) -> Pat
         )
     axes.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel=title)
     axes.set_xticks(report["settings"]["prompt_tokens"], [str(n) for n in report["settings"]["prompt_tokens"]])
-    axes.minorticks_off()
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(alpha=0.3)
     axes.legend()
     file = folder / f"{figure.rpartition('_')[0]}.png"
