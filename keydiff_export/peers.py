@@ -269,7 +269,11 @@ def pte_context(file: str) -> int:
 
 
 class ExportLlmSession:
-    """ExecuTorch's stock TextLLMRunner. It tokenises for itself and uses all cores, whatever `threads` says."""
+    """ExecuTorch's stock TextLLMRunner.
+
+    It tokenises for itself, uses all cores whatever `threads` says, stops at the end tokens in its .pte, and its Python
+    bindings fail on a token that ends inside a character of several bytes.
+    """
 
     def __init__(self, file: str, tokenizer: str) -> None:
         from executorch.extension.llm.runner import TextLLMRunner
