@@ -31,7 +31,7 @@ class Contestant:
 
     Attributes:
         name: an artifact's target, or a peer's name and its file where one was given.
-        version: of the package that runs it.
+        version: of the package that made it (ours) or that runs it (a peer).
         ours: whether it is an artifact of the folder.
         opener, arguments: as in `measure.measure`.
         file_bytes: size of its files.
@@ -169,7 +169,7 @@ def _artifacts(folder: OutputFolder) -> list[Contestant]:
         found.append(
             Contestant(
                 name=artifact["target"],
-                version=version(artifact["runtime"]),
+                version=folder.manifest["tools"].get(artifact["runtime"], ""),
                 ours=True,
                 opener="keydiff_export.measure:open_exported",
                 arguments=arguments,
