@@ -102,11 +102,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(verb=_inspect)
 
-    bench = verbs.add_parser("bench", help="what policies cost a layer, step by step beside one without eviction")
-    bench.add_argument("--policies", default="all", help="all, or NAME[:KEY=VALUE,...] separated by spaces")
-    bench.add_argument("--target", default="executorch-xnnpack,onnx-cpu")
-    bench.add_argument("--slots", default="512,1024,2048,4096,8192", help="N + B, comma-separated")
-    bench.add_argument("--block", type=int, default=128, metavar="B")
+    bench = verbs.add_parser("bench", help="an export beside its peers, or what policies cost a layer")
+    bench.add_argument("folder", nargs="?", type=Path, metavar="OUT", help="exported folder to measure")
+    bench.add_argument(
+        "--against", nargs="+", metavar="NAME[=PATH]", help="peers: onnxruntime-genai, llama.cpp, export_llm"
+    )
+    bench.add_argument("--prompt-tokens", metavar="T,...", help="default 512,2048,7900,32768")
+    bench.add_argument("--decode-tokens", type=int, help="tokens generated behind each prompt (default 32)")
+    bench.add_argument("--repeats", type=int, help="measurements of each, in turn (default 3)")
+    bench.add_argument("--threads", type=int, help="CPU threads of all (default 2)")
+    bench.add_argument("--time-limit", type=float, metavar="SECONDS", help="most a measurement may take (default 1800)")
+    bench.add_argument("--plots", type=Path, metavar="FOLDER", help="PNG plots, needs keydiff-export[bench]")
+    bench.add_argument("--policies", help="instead of OUT: all, or NAME[:KEY=VALUE,...] separated by spaces")
+    bench.add_argument("--target", help="with --policies (default executorch-xnnpack,onnx-cpu)")
+    bench.add_argument("--slots", help="with --policies: N + B (default 512,1024,2048,4096,8192)")
+    bench.add_argument("--block", type=int, metavar="B", help="with --policies (default 128)")
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(verb=_bench)
 
@@ -351,19 +361,50 @@ def inspection_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_BENCH_FOLDER = ("against", "prompt_tokens", "decode_tokens", "repeats", "threads", "time_limit", "plots")
+_BENCH_POLICIES = ("target", "slots", "block")
+
+
 def _bench(options: argparse.Namespace) -> int:
+    if (options.folder is None) == (options.policies is None):
+        raise UserError("bench takes either OUT, an exported folder, or --policies")
+    of_other = _BENCH_FOLDER if options.folder is None else _BENCH_POLICIES
+    for key in of_other:
+        if getattr(options, key) is not None:
+            here = "--policies" if options.folder is None else "OUT"
+            raise UserError(f"--{key.replace('_', '-')} does not go with bench {here}")
+    for key in ("prompt_tokens", "slots"):
+        if (text := getattr(options, key)) is not None:
+            setattr(options, key, _sizes(key.replace("_", "-"), text))
+    return _bench_policies(options) if options.folder is None else _bench_folder(options)
+
+
+def _bench_folder(options: argparse.Namespace) -> int:
+    from .commands.bench_folder import bench_folder, folder_table
+    from .commands.plots import check_plots, draw_plots
+    from .manifest import open_folder
+
+    if options.plots is not None:
+        check_plots(options.plots)
+    given = {key: value for key in _BENCH_FOLDER if key != "plots" and (value := getattr(options, key)) is not None}
+    report = bench_folder(open_folder(options.folder), **given, report=_progress)
+    if options.plots is not None:
+        for file in draw_plots(report, options.plots):
+            _progress(f"wrote {file}")
+    print(json.dumps(report, indent=2) if options.json else folder_table(report))
+    failed = any(run["status"].startswith("failed") for run in report["runs"])
+    return 1 if failed else 0
+
+
+def _bench_policies(options: argparse.Namespace) -> int:
     from .commands.bench import bench_all, bench_table
 
-    try:
-        slots = [int(size) for size in options.slots.split(",")]
-    except ValueError as error:
-        raise UserError(f"slots must be whole numbers separated by commas, got {options.slots!r}") from error
     report = bench_all(
         options.policies.split(),
-        [name.strip() for name in options.target.split(",")],
-        slots,
-        options.block,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
+        [name.strip() for name in (options.target or "executorch-xnnpack,onnx-cpu").split(",")],
+        options.slots or [512, 1024, 2048, 4096, 8192],
+        128 if options.block is None else options.block,
+        report=_progress,
     )
     print(json.dumps(report, indent=2) if options.json else bench_table(report))
     return 0
@@ -402,6 +443,17 @@ def _plan(options: argparse.Namespace) -> int:
     )
     print(json.dumps(report, indent=2) if options.json else plan_table(report))
     return 0 if report["fits"] else 1
+
+
+def _sizes(name: str, text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{name} must be whole numbers separated by commas, got {text!r}") from error
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import UserError
+from .machine import peak_rss_bytes
 from .runtime.base import Logits, Runner
 
 if TYPE_CHECKING:
@@ -197,9 +196,3 @@ def generate(
         cache_slots=runner.budget + runner.block,
         evictions=runner.seen - runner.held,
     )
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -80,6 +80,16 @@ def load_model(source: str) -> LoadedModel:
     return LoadedModel(model, tokenizer, source, _digest(files) if files else _digest_weights(model), limit)
 
 
+def gguf_file(source: str) -> Path | None:
+    """The .gguf file that a source names; None where it is something else.
+
+    Raises:
+        UserError: nothing there.
+    """
+    folder, name, _ = _locate(source)
+    return None if name is None else Path(folder) / name
+
+
 def _locate(source: str) -> tuple[str, str | None, list[Path]]:
     """(folder or hub id, GGUF file name or None, weight files)."""
     path = Path(source)

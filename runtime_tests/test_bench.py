@@ -81,7 +81,7 @@ def test_a_policy_of_another_package_has_no_definition_on_paper() -> None:
     ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert main(["bench", *arguments]) == 2
+    assert main(["bench", "--policies", "sink", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""

@@ -15,6 +15,7 @@ def open_artifact(
     threads: int | None = None,
     evict_every: int = 1,
     resident: bool = True,
+    profile: Path | None = None,
 ) -> Runner:
     """A runner for the artifact in a folder.
 
@@ -25,6 +26,7 @@ def open_artifact(
         threads: CPU threads, all cores by default.
         evict_every: k of the graph.
         resident: keep all methods loaded; without it ONNX Runtime holds the weights of one at a time.
+        profile: folder that the runtime writes its own profile to, none by default.
 
     Raises:
         UserError: the runtime's package is missing, or it refuses the artifact.
@@ -32,7 +34,7 @@ def open_artifact(
     if runtime == "executorch":
         from .executorch import ExecuTorchRunner
 
-        return ExecuTorchRunner(place / "model.pte", budget, block, threads, evict_every)
+        return ExecuTorchRunner(place / "model.pte", budget, block, threads, evict_every, profile)
     from .onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(place, budget, block, threads, evict_every, resident)
+    return OnnxRuntimeRunner(place, budget, block, threads, evict_every, resident, profile)

@@ -96,6 +96,10 @@ class Runner(ABC):
     @abstractmethod
     def _decode(self, token: int) -> Logits: ...
 
+    def end_profile(self) -> None:
+        """Writes the runtime's own record of all steps into the folder `profile` that the runner was opened with."""
+        raise NotImplementedError(f"{type(self).__name__} does not profile")
+
     @abstractmethod
     def snapshot(self) -> Snapshot:
         """Copies the cache out, for parity checks."""

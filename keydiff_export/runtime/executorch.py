@@ -42,13 +42,23 @@ class ExecuTorchRunner(Runner):
         budget, block: N and B of the graph.
         threads: CPU threads, all cores by default.
         evict_every: k of the graph.
+        profile: folder for ExecuTorch's ETDump, none by default.
 
     Raises:
         UserError: ExecuTorch is missing or refuses the file.
     """
 
-    def __init__(self, file: Path, budget: int, block: int, threads: int | None = None, evict_every: int = 1) -> None:
+    def __init__(
+        self,
+        file: Path,
+        budget: int,
+        block: int,
+        threads: int | None = None,
+        evict_every: int = 1,
+        profile: Path | None = None,
+    ) -> None:
         super().__init__(budget, block, evict_every)
+        self._profile = profile or Path()
         logging.getLogger("executorch").setLevel(logging.ERROR)
         try:
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
@@ -60,7 +70,7 @@ class ExecuTorchRunner(Runner):
         try:
             # The Program API gives all methods one set of memory arenas, and so one cache; the Module API does not.
             with _quiet_native_log():
-                self._program = portable_lib._load_program(str(file))
+                self._program = portable_lib._load_program(str(file), enable_etdump=profile is not None)
                 names = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
                 renamed = {"decode": DECODE_BESIDE_FORWARD} if DECODE_BESIDE_FORWARD in names else {}
                 self._methods = {name: self._program.load_method(renamed.get(name, name)) for name in self.methods}
@@ -78,6 +88,9 @@ class ExecuTorchRunner(Runner):
     def _run(self, method: str, *inputs: torch.Tensor) -> Logits:
         output = self._methods[method].call(inputs)
         return np.array(output[0].numpy()[0], dtype=np.float32)
+
+    def end_profile(self) -> None:
+        self._program.write_etdump_result_to_file(str(self._profile / "model.etdump"))
 
     def snapshot(self) -> Snapshot:
         if "snapshot" not in self._methods:
