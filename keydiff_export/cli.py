@@ -112,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, help="measurements of each, in turn (default 3)")
     bench.add_argument("--threads", type=int, help="CPU threads of all (default 2)")
     bench.add_argument("--time-limit", type=float, metavar="SECONDS", help="most a measurement may take (default 1800)")
+    bench.add_argument(
+        "--max-others", type=float, metavar="SHARE", help="leave out what ran beside busier other processes, e.g. 0.1"
+    )
     bench.add_argument("--plots", type=Path, metavar="FOLDER", help="PNG plots, needs keydiff-export[bench]")
     bench.add_argument("--policies", help="instead of OUT: all, or NAME[:KEY=VALUE,...] separated by spaces")
     bench.add_argument("--target", help="with --policies (default executorch-xnnpack,onnx-cpu)")
@@ -361,7 +364,7 @@ def inspection_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_BENCH_FOLDER = ("against", "prompt_tokens", "decode_tokens", "repeats", "threads", "time_limit", "plots")
+_BENCH_FOLDER = ("against", "prompt_tokens", "decode_tokens", "repeats", "threads", "time_limit", "max_others", "plots")
 _BENCH_POLICIES = ("target", "slots", "block")
 
 

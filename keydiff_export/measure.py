@@ -21,6 +21,7 @@ from .runtime import open_artifact
 from .runtime.base import Runner
 
 WARM_UP_TOKENS, WARM_UP_ANSWER = 32, 4
+_LIBRARIES = {"executorch": "executorch.extension.llm.custom_ops.custom_ops", "onnxruntime": "onnxruntime"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def open_exported(
     place: str, runtime: str, budget: int, block: int, evict_every: int, threads: int, context: int
 ) -> Callable[[], Session]:
     """Opener of an artifact, loaded as `run` loads it; it has the same room for every context."""
-    importlib.import_module("executorch.extension.llm.custom_ops.custom_ops" if runtime == "executorch" else runtime)
+    if runtime in _LIBRARIES:
+        importlib.import_module(_LIBRARIES[runtime])
     return lambda: ArtifactSession(
         open_artifact(Path(place), runtime, budget, block, threads, evict_every, resident=False)
     )
