@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--budget", type=int, metavar="N", help="tokens held a layer and KV head")
     plan.add_argument("--block", type=int, default=128, metavar="B", help="tokens read a prefill step")
     plan.add_argument("--quant", default="8da4w", help="none, 8da4w, int8 or int4")
+    plan.add_argument("--cache-dtype", default="float32", help="float32, float16 or int8")
     plan.add_argument("--target", default="executorch-xnnpack", help="executorch-xnnpack or onnx-cpu")
     plan.add_argument("--device", default="cpu", help="whose processor, or `list`")
     plan.add_argument("--json", action="store_true")
@@ -442,6 +443,7 @@ def _plan(options: argparse.Namespace) -> int:
             device=options.device,
             ram=None if options.ram is None else parse_bytes(options.ram),
             budget=options.budget,
+            cache_dtype=options.cache_dtype,
         ),
     )
     print(json.dumps(report, indent=2) if options.json else plan_table(report))

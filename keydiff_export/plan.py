@@ -20,14 +20,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .complexity import FLOAT, INT64, KEYDIFF, Step, added_flops, attention_bytes, attention_flops, state_bytes
+from .complexity import FLOAT, INT64, KEYDIFF, Step, added_flops, attention_flops, state_bytes
 from .devices import Device
 from .errors import UserError
+from .shape import CACHE_DTYPES, CacheShape
 from .sizes import FAMILIES, ModelSizes
 
 METHODS = 2  # prefill and decode
-# Program, small constants and padding of both methods, a layer; measured on the demo cards, 45 to 80 KB.
-GRAPH_BYTES = 66_000
+# Program, small constants and padding, a layer; measured on the demo cards. A .pte has the method `forward` as well.
+GRAPH_BYTES = {"executorch-xnnpack": 100_000, "onnx-cpu": 66_000}
 # Resident memory of the demo cards less the terms above, median of three quantisations (scripts/plan_check.py).
 RUNTIME_BYTES = {"executorch-xnnpack": 16_000_000, "onnx-cpu": 130_000_000}
 
@@ -99,7 +100,8 @@ def embedding_bytes(model: ModelSizes, storage: Storage) -> int:
 def file_bytes(model: ModelSizes, storage: Storage) -> int:
     """Files of one artifact."""
     matrices = matrix_bytes(model, storage) + embedding_bytes(model, storage)
-    return matrices + FLOAT * model.vectors + GRAPH_BYTES * model.layers
+    graph = GRAPH_BYTES["onnx-cpu" if storage.per_method else "executorch-xnnpack"]
+    return matrices + FLOAT * model.vectors + graph * model.layers
 
 
 def loaded_bytes(model: ModelSizes, storage: Storage) -> int:
@@ -110,16 +112,16 @@ def loaded_bytes(model: ModelSizes, storage: Storage) -> int:
     return file + (METHODS - 1) * matrix_bytes(model, storage)
 
 
-def cache_bytes(model: ModelSizes, slots: int) -> int:
-    """Float32 keys and values of all layers."""
-    return model.layers * attention_bytes(_step(model, slots, 1))
+def cache_bytes(model: ModelSizes, slots: int, dtype: str = "float32") -> int:
+    """Keys and values of all layers, with their scales where they are int8."""
+    return CacheShape(model.layers, model.kv_heads, model.head_dim, slots, 0, dtype).bytes
 
 
-def all_state_bytes(model: ModelSizes, slots: int) -> int:
+def all_state_bytes(model: ModelSizes, slots: int, dtype: str = "float32") -> int:
     """The whole state of the graphs: cache, positions, pending slots, KeyDiff's number a slot and sum a head."""
     heads = model.kv_heads
     layer = INT64 * heads * (slots + 1) + state_bytes(KEYDIFF, heads, slots, model.head_dim)
-    return cache_bytes(model, slots) + model.layers * layer
+    return cache_bytes(model, slots, dtype) + model.layers * layer
 
 
 def activation_bytes(model: ModelSizes, slots: int, block: int) -> int:
@@ -146,22 +148,6 @@ def _step(model: ModelSizes, slots: int, length: int) -> Step:
     return Step(model.kv_heads, model.query_heads // model.kv_heads, model.head_dim, slots, length)
 
 
-def step_seconds(
-    model: ModelSizes, storage: Storage, quant: str, device: Device, slots: int, length: int, evicts: bool = True
-) -> float:
-    """Seconds of one step of `length` tokens that attends to `slots` slots, the head for one token included.
-
-    Attention is computed in float32; the matrices with int8 activations under int8 and 8da4w, else in float32.
-    """
-    step = _step(model, slots, length)
-    attention = attention_flops(step) + (added_flops(KEYDIFF, step) if evicts else 0)
-    matrices = 2 * (model.matrices * length + model.table)
-    compute = matrices / device.flops_per_s(quant in ("int8", "8da4w"))
-    compute += model.layers * attention / device.flops_per_s(integer=False)
-    memory = (matrix_bytes(model, storage) + cache_bytes(model, slots)) / device.bytes_per_s
-    return max(compute, memory)
-
-
 @dataclass(frozen=True)
 class Request:
     """What to plan for.
@@ -173,6 +159,7 @@ class Request:
         device: name in `devices.DEVICES`.
         ram: bytes that an artifact may take, or None for no limit.
         budget: N, or None for the largest that fits.
+        cache_dtype: what keys and values are stored as.
     """
 
     context: int
@@ -182,6 +169,7 @@ class Request:
     device: str
     ram: int | None
     budget: int | None
+    cache_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -200,9 +188,26 @@ class Cost:
     tokens_per_s: float
 
 
+def step_seconds(
+    model: ModelSizes, request: Request, device: Device, slots: int, length: int, evicts: bool = True
+) -> float:
+    """Seconds of one step of `length` tokens that attends to `slots` slots, the head for one token included.
+
+    Attention is computed in float32; the matrices with int8 activations under int8 and 8da4w, else in float32.
+    """
+    step = _step(model, slots, length)
+    attention = attention_flops(step) + (added_flops(KEYDIFF, step) if evicts else 0)
+    matrices = 2 * (model.matrices * length + model.table)
+    compute = matrices / device.flops_per_s(request.quant in ("int8", "8da4w"))
+    compute += model.layers * attention / device.flops_per_s(integer=False)
+    read = matrix_bytes(model, get_storage(request.target, request.quant))
+    read += cache_bytes(model, slots, request.cache_dtype)
+    return max(compute, read / device.bytes_per_s)
+
+
 def memory_bytes(model: ModelSizes, request: Request, slots: int) -> int:
     """Weights as loaded, state, activations and runtime of one artifact."""
-    moving = all_state_bytes(model, slots) + activation_bytes(model, slots, request.block)
+    moving = all_state_bytes(model, slots, request.cache_dtype) + activation_bytes(model, slots, request.block)
     weights = loaded_bytes(model, get_storage(request.target, request.quant))
     return weights + moving + RUNTIME_BYTES[request.target]
 
@@ -216,13 +221,13 @@ def _cost(model: ModelSizes, request: Request, device: Device, slots: int, full:
         slots=slots,
         file_bytes=file_bytes(model, storage),
         loaded_bytes=loaded_bytes(model, storage),
-        cache_bytes=cache_bytes(model, slots),
-        state_bytes=all_state_bytes(model, slots),
+        cache_bytes=cache_bytes(model, slots, request.cache_dtype),
+        state_bytes=all_state_bytes(model, slots, request.cache_dtype),
         activation_bytes=activation_bytes(model, slots, block),
         runtime_bytes=RUNTIME_BYTES[request.target],
         total_bytes=memory_bytes(model, request, slots),
-        ttft_s=blocks * step_seconds(model, storage, request.quant, device, met, block, not full),
-        tokens_per_s=1 / step_seconds(model, storage, request.quant, device, slots, 1, not full),
+        ttft_s=blocks * step_seconds(model, request, device, met, block, not full),
+        tokens_per_s=1 / step_seconds(model, request, device, slots, 1, not full),
     )
 
 
@@ -241,7 +246,7 @@ def largest_budget(model: ModelSizes, request: Request) -> int:
     for budget in range(block, -(-request.context // block) * block + 1, block):
         slots = budget + block
         fits = ram is None or memory_bytes(model, request, slots) <= ram
-        if not fits or (best and cache_bytes(model, slots) > weights):
+        if not fits or (best and cache_bytes(model, slots, request.cache_dtype) > weights):
             break
         best = budget
     if not best:
@@ -262,6 +267,8 @@ def make_plan(model: ModelSizes, request: Request, device: Device) -> dict[str, 
     for name, value in (("context", request.context), ("block", request.block), ("budget", request.budget)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be a whole number of at least 1, got {value}")
+    if request.cache_dtype not in CACHE_DTYPES:
+        raise UserError(f"unknown cache dtype {request.cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
     budget = request.budget or largest_budget(model, request)
     if request.block > budget:
         raise UserError(f"block {request.block} is larger than budget {budget}: choose a block of at most the budget")

@@ -37,6 +37,7 @@ from keydiff_export.plan import (
     matrix_bytes,
     memory_bytes,
 )
+from keydiff_export.shape import CACHE_DTYPES
 from keydiff_export.sizes import FAMILIES, ModelSizes, model_sizes
 
 SMALL = {
@@ -102,10 +103,10 @@ def check(folder: OutputFolder) -> None:
     """Cache and ONNX state to the byte; files and planned memory within 5 %, activations alone within 10 %."""
     model, shape = model_sizes(json.loads((folder.path / "config.json").read_text()), "exported"), folder.shape
     activations = activation_bytes(model, shape.slots, shape.block)
-    state = all_state_bytes(model, shape.slots)
+    state = all_state_bytes(model, shape.slots, shape.dtype)
     for artifact in inspect_folder(folder)["artifacts"]:
         files = file_bytes(model, get_storage(artifact["target"], artifact["quant"]))
-        assert artifact["cache_bytes"] == cache_bytes(model, shape.slots)
+        assert artifact["cache_bytes"] == cache_bytes(model, shape.slots, shape.dtype)
         assert files == pytest.approx(artifact["bytes"], rel=0.05)
         if artifact["target"] == "executorch-xnnpack":
             planned = artifact["methods"]["prefill"]["planned_memory_bytes"]
@@ -113,7 +114,16 @@ def check(folder: OutputFolder) -> None:
             assert activations == pytest.approx(planned - state, rel=0.1)
         else:
             states = artifact["methods"]["prefill"]["state"]
-            widths = {"keys": 4, "values": 4, "positions": 8, "pending": 8, "state": 4, "total": 8}
+            number = CACHE_DTYPES[shape.dtype]
+            widths = {
+                "keys": number,
+                "values": number,
+                "positions": 8,
+                "pending": 8,
+                "state": 4,
+                "total": 8,
+                "scales": 4,
+            }
             assert state == sum(math.prod(size) * widths[name.split("_")[0]] for name, size in states.items())
 
 
@@ -121,7 +131,7 @@ def check(folder: OutputFolder) -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
     """A model whose weights outweigh its program, and a cache that outweighs its odds and ends."""
     root = tmp_path_factory.mktemp("plan")
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 2}
     model = build_model(root / "model", "qwen3", **sizes)
     spec = keydiff_export.ExportSpec(str(model), 256, 32, quant="8da4w", name="plan")
     return keydiff_export.export(spec, root / "out", validate=False)
@@ -139,7 +149,7 @@ def test_state_is_the_programs_arena_to_the_byte(exported: OutputFolder) -> None
     model = model_sizes(json.loads((exported.path / "config.json").read_text()), "exported")
     # Arena 2 is what the methods share; a tensor there starts at a multiple of 16 bytes.
     aligned = range(model.layers * 6 * 16)
-    for method in ("prefill", "decode"):
+    for method in ("prefill", "decode_one", "forward"):
         assert sizes[method][2] - all_state_bytes(model, exported.shape.slots) in aligned
 
 
@@ -184,6 +194,14 @@ def test_a_slot_cache_costs_the_same_at_any_prompt_and_a_full_one_does_not() -> 
     assert long["slot_cache"]["ttft_s"] == pytest.approx(4 * short["slot_cache"]["ttft_s"])
     assert long["full_cache"]["cache_bytes"] == 4 * short["full_cache"]["cache_bytes"]
     assert long["full_cache"]["tokens_per_s"] < short["full_cache"]["tokens_per_s"]
+
+
+def test_an_int8_cache_takes_a_little_more_than_a_quarter() -> None:
+    model = llama(LLAMA_1B)
+    full, small = (cache_bytes(model, 1152, dtype) for dtype in ("float32", "int8"))
+    assert small == full // 4 + 2 * 4 * 16 * 8 * 1152
+    requests = [replace(REQUEST, cache_dtype=dtype, ram=2_200_000_000) for dtype in ("float32", "int8")]
+    assert largest_budget(model, requests[1]) > 2 * largest_budget(model, requests[0])
 
 
 def test_notes_say_what_is_not_served() -> None:
@@ -233,6 +251,7 @@ def test_the_list_of_devices(capsys: pytest.CaptureFixture[str]) -> None:
         (["--context", "long"], "context must be a number of tokens such as 32k"),
         (["--ram", "lots"], "ram must be a size such as 6GB"),
         (["--ram", "100MB"], "needs at least"),
+        (["--cache-dtype", "int2"], "unknown cache dtype 'int2': choose one of float32, float16, int8"),
         (["--quant", "int4"], "does not take --quant int4"),
         (["--target", "toaster"], "plan knows no target 'toaster'"),
         (["--budget", "64"], "block 128 is larger than budget 64"),

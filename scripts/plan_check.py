@@ -51,16 +51,22 @@ def check(path: Path) -> None:
     folder = load(path)
     shape = folder.shape
     model = model_sizes(json.loads((path / "config.json").read_text(encoding="utf-8")), str(path))
-    state, activations = all_state_bytes(model, shape.slots), activation_bytes(model, shape.slots, shape.block)
+    state, activations = (
+        all_state_bytes(model, shape.slots, shape.dtype),
+        activation_bytes(model, shape.slots, shape.block),
+    )
     for artifact, inspected in zip(folder.artifacts, inspect_folder(folder)["artifacts"], strict=True):
         target, quant = artifact["target"], artifact["quant"]
-        storage, request = get_storage(target, quant), Request(1, shape.block, target, quant, "cpu", None, shape.budget)
+        storage, request = (
+            get_storage(target, quant),
+            Request(1, shape.block, target, quant, "cpu", None, shape.budget, shape.dtype),
+        )
         child = [str(path / artifact["target"]), artifact["runtime"], str(shape.budget), str(shape.block)]
         command = [sys.executable, __file__, "--child", *child]
         gained = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
         rows = [
             ("files", file_bytes(model, storage), inspected["bytes"]),
-            ("cache", cache_bytes(model, shape.slots), inspected["cache_bytes"]),
+            ("cache", cache_bytes(model, shape.slots, shape.dtype), inspected["cache_bytes"]),
             ("state and activations", state + activations, inspected["methods"]["prefill"]["planned_memory_bytes"]),
             ("resident", memory_bytes(model, request, shape.slots), gained),
         ]
