@@ -41,7 +41,7 @@ def peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
-    spec = ExportSpec(str(tiny_folder), 16, 8, quant="int8", name="tiny")
+    spec = ExportSpec(str(tiny_folder), 16, 8, quant="int8", name="tiny", stock_runner=False)
     return keydiff_export.export(spec, tmp_path_factory.mktemp("bench") / "out", validate=False)
 
 

@@ -94,7 +94,7 @@ def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     root = tmp_path_factory.mktemp("options")
     made = {}
     for dtype, every in (("int8", 1), ("float16", 1), ("float32", 4), ("int8", 4)):
-        spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, cache_dtype=dtype, evict_every=every)
+        spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, cache_dtype=dtype, evict_every=every, stock_runner=False)
         made[dtype, every] = keydiff_export.export(spec, root / f"{dtype}-{every}", validate=False)
     return made
 
