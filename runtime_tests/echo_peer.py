@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 
 from keydiff_export.measure import Prompt, Session
@@ -30,6 +31,10 @@ def open_brief(threads: int, context: int) -> Callable[[], Session]:
 
 def open_broken(threads: int, context: int) -> Callable[[], Session]:
     raise OSError("no such kernel")
+
+
+def linger(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def open_crashing(threads: int, context: int) -> Callable[[], Session]:

@@ -181,7 +181,7 @@ def test_a_peer_in_a_child_and_what_befalls_it(peer: str) -> None:
     with pytest.raises(UserError, match=rf"^the process ended with status {-signal.SIGABRT}$"):
         answer("open_crashing")
     with pytest.raises(UserError, match=r"took more than 0\.2 s"):
-        call_in_child("keydiff_export.child:main", {}, 0.2)
+        call_in_child("echo_peer:linger", {"seconds": 30}, 0.2)
 
 
 def test_a_failed_measurement_is_named_and_fails_the_command(
