@@ -15,8 +15,9 @@ from keydiff_export.spec import ExportSpec
 
 
 def test_delegation_prices_eviction(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    policy, targets = {"name": "keydiff", "recent": 0.2}, ("executorch-xnnpack", "onnx-cpu")
-    spec = ExportSpec(str(tiny_folder), 16, 8, policy, targets=targets, stock_runner=False)
+    spec = ExportSpec(
+        str(tiny_folder), 16, 8, {"name": "keydiff", "recent": 0.2}, targets=("executorch-xnnpack", "onnx-cpu")
+    )
     keydiff_export.export(spec, tmp_path / "out", validate=False)
     assert main(["inspect", str(tmp_path / "out"), "--delegation", "--json"]) == 0
     targets = json.loads(capsys.readouterr().out)["targets"]

@@ -79,6 +79,7 @@ def _spec(folder: OutputFolder, artifact: dict[str, Any], source: Path) -> Expor
         quant=artifact["quant"],
         cache_dtype=shape.dtype,
         targets=(artifact["target"],),
+        stock_runner=False,
         soc=artifact.get("soc", "SM8650"),
         name="one layer",
     )
