@@ -19,7 +19,8 @@ from keydiff_export.inspection import inspect_folder
 from keydiff_export.manifest import OutputFolder
 from keydiff_export.text import long_text
 
-pytestmark = pytest.mark.real_model
+# Export and parity of thirty layers beside another worker take a busy machine half an hour.
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
