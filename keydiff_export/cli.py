@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 from .errors import UserError
 
 EXPORT_DEFAULT = "exported"
-# Spelled here too, because `commands.run` imports torch and --help should not.
 RUNTIMES = ("executorch", "onnxruntime", "executorch-qnn", "onnx-qnn", "eager")
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import build_model
+from transformers import AutoTokenizer
 
 import keydiff_export
 from keydiff_export.cli import main
-from keydiff_export.commands.run import open_runner
+from keydiff_export.commands.run import load_tokenizer, open_runner
 
 RESULT_FIELDS = {
     "prompt_tokens",
@@ -382,3 +383,14 @@ def test_a_runner_that_holds_one_method_answers_the_same(folder: Path) -> None:
     lean, resident = open_runner(opened, artifact, resident=False), open_runner(opened, artifact)
     for step in ([1, 2, 3, 4], [5], [6], [7, 8, 9], [10]):
         np.testing.assert_array_equal(lean.step(step), resident.step(step))
+
+
+def test_the_tokenizer_of_run_is_the_models_own(folder: Path, tiny_folder: Path) -> None:
+    """`run` loads it by another class, which needs no torch."""
+    ours, theirs = load_tokenizer(keydiff_export.load(folder)), AutoTokenizer.from_pretrained(tiny_folder)
+    text = "Hello, world!\n  two  spaces, caf\u00e9 and 42"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    messages = [{"role": "user", "content": text}]
+    chats = [t.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) for t in (ours, theirs)]
+    assert chats[0] == chats[1]
+    assert ours.decode(ours(text)["input_ids"]) == theirs.decode(theirs(text)["input_ids"])
