@@ -40,7 +40,7 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _slot_attention)
 
 
 def forward_logits(
-    model: torch.nn.Module, cache: AttentionCache, tokens: Tensor, start: Tensor, last: Tensor
+    model: torch.nn.Module, cache: AttentionCache, tokens: Tensor, start: Tensor, last: Tensor | None = None
 ) -> Tensor:
     """Runs a prepared model over T tokens at true positions and returns one row of logits.
 
@@ -49,11 +49,12 @@ def forward_logits(
         cache: receives every layer's queries, keys and values.
         tokens: [1, T] int64.
         start: [1] int64, position of the first token.
-        last: [1] int64, index in the block of the token whose logits are wanted.
+        last: [1] int64, index in the block of the token whose logits are wanted; the block's last without it.
 
     Returns:
         [1, V] float32.
     """
     positions = (start + torch.arange(tokens.shape[1])).unsqueeze(0)
-    output = model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=last, slot_cache=cache)
+    kept = 1 if last is None else last
+    output = model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=kept, slot_cache=cache)
     return output.logits[:, 0]

@@ -25,7 +25,8 @@ from .policies import Policy
 from .runtime import open_artifact
 from .runtime.base import Runner
 from .shape import CacheShape
-from .slots import TorchOps, new_layers
+from .slot_ops import TorchOps
+from .slots import new_slots
 
 VOCABULARY = 64
 DECODE_REPEATS, PREFILL_REPEATS, WARM_UP = 100, 15, 3
@@ -60,9 +61,9 @@ def one_layer_model(shape: LayerShape) -> torch.nn.Module:
 
 
 def policy_state_bytes(shape: CacheShape, policy: Policy) -> int:
-    """Bytes a layer that a policy keeps beside keys, values, positions and the pending slot."""
-    layer = new_layers(shape, policy, TorchOps())[0]
-    return sum(t.nbytes for t in (layer.state, layer.total) if t is not None)
+    """Bytes a layer that a policy keeps beside keys, values and positions."""
+    slots = new_slots(shape, policy, TorchOps())
+    return sum(t.nbytes for t in (slots.state, slots.total) if t is not None) // shape.layers
 
 
 def policy_needs(policy: Policy) -> Needs:

@@ -139,5 +139,5 @@ def added_flops(needs: Needs, step: Step) -> int:
 
 
 def state_bytes(needs: Needs, heads: int, slots: int, width: int) -> int:
-    """Bytes a layer that a policy keeps beside keys, values, positions and the pending slot."""
+    """Bytes a layer that a policy keeps beside keys, values, positions."""
     return heads * (FLOAT * slots * needs.slot_number + DOUBLE * width * needs.key_sum)

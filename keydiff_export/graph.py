@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .attention import forward_logits
 from .policies import Policy
 from .shape import CacheShape
-from .slots import LayerSlots, SlotCache, SlotOps
+from .slot_ops import SlotOps
+from .slots import SlotCache, Slots
 
 
 class StaticGraph:
@@ -28,38 +29,41 @@ class StaticGraph:
     def __init__(self, model: nn.Module, shape: CacheShape, policy: Policy, ops: SlotOps) -> None:
         self.model, self.shape, self.policy, self.ops = model, shape, policy, ops
 
-    def prefill(self, tokens: Tensor, start: Tensor, count: Tensor, layers: list[LayerSlots]) -> Tensor:
-        """Reads `count` [1] of tokens [1, B] at position `start` [1] (all int64); updates `layers`; logits [1, V]."""
-        cache = SlotCache(self.shape, self.policy, self.ops, layers, self.shape.block, start, count)
-        return forward_logits(self.model, cache, tokens, start, count - 1)
+    def prefill(self, tokens: Tensor, start: Tensor, count: Tensor, slots: Slots) -> Tensor:
+        """Reads `count` [1] of tokens [1, B] at position `start` [1] (all int64); updates `slots`; logits [1, V]."""
+        cache = SlotCache(self.shape, self.policy, self.ops, slots, self.shape.block, start, count)
+        return self._step(cache, tokens, start, count - 1)
 
-    def decode(self, tokens: Tensor, start: Tensor, layers: list[LayerSlots]) -> Tensor:
-        """Reads one token [1, 1] at position `start` [1] (int64); updates `layers`; logits [1, V]."""
-        cache = SlotCache(self.shape, self.policy, self.ops, layers, 1, start, None)
-        return forward_logits(self.model, cache, tokens, start, torch.zeros_like(start))
+    def decode(self, tokens: Tensor, start: Tensor, slots: Slots) -> Tensor:
+        """Reads one token [1, 1] at position `start` [1] (int64); updates `slots`; logits [1, V]."""
+        cache = SlotCache(self.shape, self.policy, self.ops, slots, 1, start, None)
+        return self._step(cache, tokens, start)
 
-    def append(self, tokens: Tensor, start: Tensor, staged: Tensor, layers: list[LayerSlots]) -> Tensor:
+    def append(self, tokens: Tensor, start: Tensor, staged: Tensor, slots: Slots) -> Tensor:
         """Reads one token behind `staged` [1] others that no eviction has seen yet, and evicts nothing."""
-        return self._lazy(tokens, start, staged, layers, evicts=False)
+        cache = SlotCache(self.shape, self.policy, self.ops, slots, 1, start, None, staged, evicts=False)
+        return self._step(cache, tokens, start)
 
-    def decode_evicting(self, tokens: Tensor, start: Tensor, staged: Tensor, layers: list[LayerSlots]) -> Tensor:
+    def decode_evicting(self, tokens: Tensor, start: Tensor, staged: Tensor, slots: Slots) -> Tensor:
         """Reads one token behind `staged` [1] others and evicts down to N: `evict_every` tokens at once."""
-        return self._lazy(tokens, start, staged, layers, evicts=True)
-
-    def _lazy(self, tokens: Tensor, start: Tensor, staged: Tensor, layers: list[LayerSlots], evicts: bool) -> Tensor:
         one = torch.ones_like(start)
-        cache = SlotCache(self.shape, self.policy, self.ops, layers, 1, start, one, staged, evicts)
-        return forward_logits(self.model, cache, tokens, start, one - 1)
+        cache = SlotCache(self.shape, self.policy, self.ops, slots, 1, start, one, staged)
+        return self._step(cache, tokens, start)
 
-    def forward(self, tokens: Tensor, start: Tensor, layers: list[LayerSlots]) -> Tensor:
-        """Reads all of tokens [1, T], 1 <= T <= B, at position `start` [1] (int64); updates `layers`; logits [1, V].
+    def _step(self, cache: SlotCache, tokens: Tensor, start: Tensor, last: Tensor | None = None) -> Tensor:
+        logits = forward_logits(self.model, cache, tokens, start, last)
+        cache.finish()
+        return logits
+
+    def forward(self, tokens: Tensor, start: Tensor, slots: Slots) -> Tensor:
+        """Reads all of tokens [1, T], 1 <= T <= B, at position `start` [1] (int64); updates `slots`; logits [1, V].
 
         T may be a size that only run time knows; a step reads and leaves the state as `prefill` does.
         """
         length = tokens.shape[1]
         count = torch.arange(length)[-1:] + 1
-        cache = SlotCache(self.shape, self.policy, self.ops, layers, length, start, count)
-        return forward_logits(self.model, cache, tokens, start, count - 1)
+        cache = SlotCache(self.shape, self.policy, self.ops, slots, length, start, count)
+        return self._step(cache, tokens, start)
 
     def methods(self) -> dict[str, dict[str, Tensor]]:
         """Example inputs by name of every method that a lowering makes."""

@@ -181,7 +181,8 @@ class NpuSlotCache:
         if self.policy.key_sum() is not None:
             total = torch.bmm(inputs.weights.expand(len(positions), 1, -1), joined.keys).squeeze(1)
         lowered = torch.where(positions < _EARLY, positions, positions - inputs.shift)
-        view = SlotView(joined.keys, lowered, inputs.weights, inputs.newest, joined.state, total)
+        head = torch.arange(len(positions))
+        view = SlotView(joined.keys, lowered, inputs.weights, inputs.newest, head, joined.state, total)
         probe = self.policy.probe(view)
         if probe is not None:
             view = replace(view, dots=(joined.keys @ probe.unsqueeze(-1)).squeeze(-1))

@@ -139,7 +139,8 @@ class Reference:
     def _view(self, held: HeldTokens, weights: Tensor) -> SlotView:
         """What the policy sees after attention with probabilities weights [H, R, T, n]; state is brought up to date."""
         count = held.positions.shape[1]
-        view = SlotView(held.keys, held.positions, torch.ones(count), held.positions[:1, -1], held.state, held.total)
+        newest, head = held.positions[:1, -1], torch.arange(len(held.keys))
+        view = SlotView(held.keys, held.positions, torch.ones(count), newest, head, held.state, held.total)
         probe = self.policy.probe(view)
         if probe is not None:
             view = replace(view, dots=torch.einsum("hsd,hd->hs", held.keys, probe))

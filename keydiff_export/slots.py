@@ -3,25 +3,30 @@
 Layout of the slots of one layer (the same for every KV head, so one causal rule serves all heads):
 
     0 .. n-1      tokens held, n = min(tokens read so far, N)
-    n .. n+T-1    the T new tokens of this step, appended behind them
+    n .. n+T-1    the T new tokens of a block, appended behind them
     n+T .. S-1    empty; slot S-1 also takes rows that nobody needs
 
-`prefill` moves the surviving new tokens over the victims at the end of the step. `decode` leaves its victim where it
-is and lets the next step write over it ("evict on the next write"): the set that attention sees is the same, and a
-generated token costs one row write a cache. `pending` names that victim. Everything else follows from the position of
-the first new token, so a cache is reset by starting again at position 0.
+A *block* is written first and attended to in its place; at the end of the step its surviving tokens move over the
+victims. A *single token* is written last: attention takes its key and value beside the cache, and once the victim is
+known the token goes straight into the victim's slot. So one row a cache is written, and nothing is written between the
+layers, which lets a backend keep all of them in one piece.
+
+Either way every layer evicts at the end of the step, all of them together: what a layer's attention tells is kept until
+then, and the rest (scores, order, plan of moves) is computed once for all layers, as if they were one with L * H heads.
+Which slots hold a token follows from the position of the first new one, so a cache is reset by starting at position 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .policies import Policy, SlotView
 from .shape import CacheShape
+from .slot_ops import SlotOps, leaving_order
 
 # Below every score; finite, because infinity times zero is no number, and far enough from the end of float32 that a
 # score can be added.
@@ -32,44 +37,56 @@ _LEAST_SCALE = 1e-30
 
 
 @dataclass
-class LayerSlots:
-    """State of one layer. `ops.view` gives the shapes below; how they are stored is the backend's business.
+class Slots:
+    """State of all layers. `ops.view` gives the shapes below; how they are stored is the backend's business.
 
     Attributes:
-        keys, values: [H, S, d] in the cache's dtype.
-        positions: [H, S] int64.
-        pending: [H] int64, the slot that the next single-token write goes to once the cache is full.
-        state: [H, S] float32, or None when the policy keeps nothing a slot.
-        total: [H, d] float64, the policy's sum of keys, or None when it asks for none. Carried from step to step: plus
-            what enters, minus what leaves, and in double precision no drift to speak of.
-        scales: [H, S, 2] float32, what a key's and a value's integers are multiplied with; None unless they are int8.
+        keys, values: a layer each, [H, S, d] in the cache's dtype.
+        scales: a layer each, [H, S, 2] float32, what a key's and a value's integers are multiplied with; empty unless
+            they are int8.
+        positions: [L * H, S] float32 whole numbers, exact below 2**24.
+        state: [L * H, S] float32, or None when the policy keeps nothing a slot.
+        total: [L * H, d] float64, the policy's sums of keys, or None when it asks for none. Carried from step to step:
+            plus what enters, minus what leaves, and in double precision no drift to speak of.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    scales: list[Tensor]
     positions: Tensor
-    pending: Tensor
     state: Tensor | None = None
     total: Tensor | None = None
-    scales: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state's tensors by name, in graph I/O order."""
-        named = {field.name: getattr(self, field.name) for field in fields(LayerSlots)}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        """The state's tensors by name, in graph I/O order: keys_0, values_0, ..., positions, state, total."""
+        named: dict[str, Tensor] = {}
+        for layer in range(len(self.keys)):
+            named.update({f"{name}_{layer}": part[layer] for name, part in self.layered().items()})
+        shared = {"positions": self.positions, "state": self.state, "total": self.total}
+        return {**named, **{name: tensor for name, tensor in shared.items() if tensor is not None}}
 
+    def layered(self) -> dict[str, list[Tensor]]:
+        """The tensors that every layer has of its own."""
+        parts = {"keys": self.keys, "values": self.values, "scales": self.scales}
+        return {name: part for name, part in parts.items() if part}
 
-# The state's tensors that hold something a slot, and move with it.
-SLOTTED = ("keys", "values", "positions", "state", "scales")
+    @classmethod
+    def named(cls, tensors: dict[str, Tensor], layers: int) -> Slots:
+        """The opposite of `tensors`."""
+        keys, values, scales = (
+            [tensors[f"{name}_{i}"] for i in range(layers) if f"{name}_{i}" in tensors]
+            for name in ("keys", "values", "scales")
+        )
+        return cls(keys, values, scales, tensors["positions"], tensors.get("state"), tensors.get("total"))
 
 
 @dataclass(frozen=True)
 class Attended:
-    """What an attention over the slots gives.
+    """What an attention over the slots gives; S counts one more for a single token, which stands behind the slots.
 
     Attributes:
         output: [H, R, T, d].
-        dots: [H, S] dot products of the keys with the probe, or None without one.
+        dots: [H, S] dot products of the keys with the probe, times the scaling of logits, or None without one.
         attention: [H, S] probabilities summed over the observed queries, averaged over R, or None without any.
     """
 
@@ -78,68 +95,41 @@ class Attended:
     attention: Tensor | None
 
 
-class SlotOps(Protocol):
-    """The operations that a backend spells in its own operators. T rows, H heads, R query heads a KV head."""
+@dataclass
+class _Gathered:
+    """What the layers of a step leave behind for eviction, a layer each.
 
-    def allocate(self, heads: int, slots: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Zeroed slots of `width` numbers each; width 0 means one number without an axis of its own."""
-
-    def view(self, slots: Tensor) -> Tensor:
-        """[H, S, width], or [H, S] for width 0."""
-
-    def address(self, index: Tensor) -> Any:
-        """Turns slots index [H, T] into what `write` and `take` use; one address serves all tensors of a layer."""
-
-    def write(self, slots: Tensor, address: Any, rows: Tensor) -> Tensor:
-        """Writes rows [H, T(, width)] at an address and returns the slots, perhaps the same tensor."""
-
-    def take(self, slots: Tensor, address: Any) -> Tensor:
-        """Rows [H, T(, width)] at an address."""
-
-    def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
-        """Replaces a whole small tensor and returns it, perhaps the same one."""
-
-    def pack(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-        """Float32 numbers in the cache's dtype; int8 rounds to the nearest, of two to the even one."""
-
-    def numbers(self, packed: Tensor) -> Tensor:
-        """Packed numbers in float32."""
-
-    def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
-        """Batched matrix product of left [H, a, b] with right [H, b, c], or with right [H, c, b] transposed, scaled."""
-
-    def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
-        """[H, S] float32 -> [H] slots of the largest number, of equal ones that of the highest position."""
-
-    def after(self, index: Tensor, *results: Tensor) -> Tensor:
-        """The index, computed no sooner than the results: rows at it move only once they were read."""
-
-
-def leaving_order(leaving: Tensor, positions: Tensor) -> Tensor:
-    """[H, S] float64, ordered as leaving is, and of equal numbers the higher position has more.
-
-    The weight of a position is far below a float32 rounding step (2**-24) for every position up to 2**26, so it orders
-    equal numbers and never reorders different ones; the smallest addend, below every float32, orders zeros.
+    Attributes:
+        rows: what a single token writes: keys, values and scales [H, 1, width] by name.
+        keys: its key as the cache keeps it, [H, 1, d].
+        states: the policy's numbers of the new tokens, [H, T].
+        entering: what the new tokens add to the sum of keys, [H, d] float32.
+        dots, attention: of `Attended`.
+        scaling: factor on the attention logits, and so on dots.
+        output: the last layer's attention.
     """
-    exact = leaving.double()
-    # Tensors, because a backend may hold a Python number in float32.
-    least, weight = torch.tensor([1e-60, 2.0**-51], dtype=torch.float64)
-    return exact + (exact.abs() + least) * (positions * weight)
+
+    rows: list[dict[str, Tensor]] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    entering: list[Tensor] = field(default_factory=list)
+    dots: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+    scaling: float = 1.0
+    output: Tensor | None = None
 
 
 class SlotCache:
-    """One step of a slot cache over all layers; the attention hook calls `attend` once a layer.
-
-    Everything that layers have in common is computed here once: a lowering pays for every node in every layer.
+    """One step of a slot cache: the attention hook calls `attend` once a layer, whoever steps calls `finish` at the end.
 
     Args:
         shape: static sizes.
         policy: which tokens stay.
         ops: the backend's spelling of the slot operations.
-        layers: state before the step; replaced layer by layer by the state after it.
+        slots: state before the step; after `finish` the state after it.
         length: T, new tokens including padding: B for prefill, 1 for decode, up to B for forward.
         start: int64 tensor [1], true position of the first new token.
-        count: int64 tensor [1], valid new tokens, or None for a decode step that evicts on the next write.
+        count: int64 tensor [1], valid tokens of a block, or None for a single token, which is written last.
         staged: int64 tensor [1], tokens read since the last eviction and past N; None for none.
         evicts: False for a step that only appends.
     """
@@ -149,46 +139,39 @@ class SlotCache:
         shape: CacheShape,
         policy: Policy,
         ops: SlotOps,
-        layers: list[LayerSlots],
+        slots: Slots,
         length: int,
         start: Tensor,
         count: Tensor | None,
         staged: Tensor | None = None,
         evicts: bool = True,
     ) -> None:
-        heads, budget, slots = shape.kv_heads, shape.budget, shape.slots
-        self.shape, self.policy, self.ops, self.layers = shape, policy, ops, layers
+        heads, budget = shape.kv_heads, shape.budget
+        self.rows = shape.layers * heads
+        self.shape, self.policy, self.ops, self.slots = shape, policy, ops, slots
         self.start, self.count, self.evicts = start, count, evicts and policy.evicts
         self.held = start.clamp_max(budget) if staged is None else (start - staged).clamp_max(budget) + staged
-        self.filling = start <= budget
-        slot, row = torch.arange(slots), torch.arange(length)
-        self.positions = (start + row).expand(heads, length)
-        # A decode step scores only once the budget is full, and then slots 0 .. N all hold a token.
-        occupied = slot <= budget if count is None else slot < self.held + count
-        self.valid = occupied.to(torch.float32)
-        self.empty = torch.where(occupied, 0.0, NEVER)
-        self.slot, self.sight = slot.to(torch.float32), (self.held + row).to(torch.float32)
-        self.mask: Tensor | None = None
         self.end = start + (1 if count is None else count)
+        slot, row = torch.arange(shape.slots), torch.arange(length)
+        self.positions = (start + row).to(torch.float32).expand(self.rows, length)
+        self.slot, self.sight = slot.to(torch.float32), (self.held + row).to(torch.float32)
+        occupied = (slot < (self.held if count is None else self.held + count)).to(torch.float32)
+        self.valid = torch.cat([occupied, torch.ones(1)]) if count is None else occupied
+        self.empty = (1.0 - self.valid) * NEVER
+        self.mask: Tensor | None = None
         self.entering = torch.ones(length) if count is None else (row < count).to(torch.float32)
         self.observed = self._observed(policy.observed_queries(), row)
+        self.gathered = _Gathered()
+        self.known = self.carried = None
         wanted = policy.key_sum()
-        if wanted is not None:
-            self.kept = (start > 0).double() * (1.0 - wanted.decay)
-        if count is None:
-            self.evicting = (start >= budget).double()
-        else:
-            self.appended = (self.held + row).expand(heads, length)
-            self.last_slot = ops.address(torch.full((heads, 1), budget))
+        if wanted is not None and slots.total is not None:
+            self.carried = slots.total * ((start > 0).double() * (1.0 - wanted.decay))
+            self.known = self.carried.to(torch.float32)
+        if count is not None:
+            self.appended = (self.held + row).expand(self.rows, length)
+            self.place = ops.address(self.appended[:heads])
             # At most so many leave at once: a block, or the generated tokens that were let pile up.
             self.most = length if staged is None else shape.evict_every
-            leave = torch.arange(self.most)
-            self.excess = leave < (self.held + count - budget).clamp_min(0)
-            # Sort weights that list slots in ascending order: positive, and falling with the slot.
-            self.staged_weight = (budget + leave < self.held + count) * (self.most - leave)
-            # One more than can leave: the last takes the marks of those that do not.
-            self.unmarked = torch.zeros(heads, self.most + 1, dtype=torch.int64)
-            self.marks = torch.ones(heads, self.most, dtype=torch.int64)
 
     def _observed(self, queries: int, row: Tensor) -> Tensor | None:
         """[T] float32, 1 for the last `queries` queries that are not padding, else 0; None when none are wanted."""
@@ -199,7 +182,7 @@ class SlotCache:
         return self.entering * (row >= self.count - queries)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Writes T new tokens, attends, evicts.
+        """Attention of T new tokens to the slots and to themselves.
 
         Args:
             layer: layer index.
@@ -210,36 +193,59 @@ class SlotCache:
             [H * R, T, d] attention output.
         """
         heads, length, width = key.shape
-        slots = self.layers[layer]
-        rows = self._packed(key, value)
-        # What a policy sees of a token is what the cache keeps of it.
-        key = self._unpacked(rows["keys"], rows.get("scales"))
-        state = self.policy.slot_state(key)
-        rows["positions"] = self.positions
-        if state is not None:
-            rows["state"] = state
+        packed = self._packed(key, value)
+        # What attention and policy see of a token is what the cache keeps of it.
+        key = self._unpacked(packed["keys"], packed.get("scales"), 0)
         if self.count is None:
-            place = torch.where(self.filling, self.start, slots.pending).unsqueeze(1)
-        elif self.shape.evict_every > 1:
-            place = self.appended
+            self.gathered.rows.append(packed)
         else:
-            place, rows = self._settled(slots, rows)
-        self._write(slots, self.ops.address(place), rows)
-        total = None
-        if slots.total is not None:
-            entered = self._sum(key, state, None if self.count is None else self.entering)
-            total = slots.total * self.kept + entered
-        view = self._view(slots, total)
-        probe = self.policy.probe(view) if self.evicts else None
-        found = self._attend(query.reshape(heads, -1, length, width), slots, scaling, probe)
-        view = replace(view, dots=found.dots, attention=found.attention)
-        if self.policy.evicts:
-            view = self._bring_up_to_date(slots, view)
-        if self.evicts:
-            self._evict(slots, view, total, found.output)
-        elif total is not None:
-            slots.total = self.ops.overwrite(slots.total, total)
+            self._write(layer, self.place, packed)
+        new = (key, self._unpacked(packed["values"], packed.get("scales"), 1)) if self.count is None else None
+        probe = self._probe(layer, key) if self.policy.evicts else None
+        found = self._attend(layer, query.reshape(heads, -1, length, width), new, scaling, probe)
+        for kept, tensor in ((self.gathered.dots, found.dots), (self.gathered.attention, found.attention)):
+            if tensor is not None:
+                kept.append(tensor)
+        self.gathered.keys.append(key)
+        self.gathered.output, self.gathered.scaling = found.output, scaling
         return found.output.reshape(-1, length, width)
+
+    def _probe(self, layer: int, key: Tensor) -> Tensor | None:
+        """Notes what the layer's new keys [H, T, d] add to state and sum; the policy's probe [H, d], if it has one."""
+        wanted, state, total = self.policy.key_sum(), None, None
+        if self.count is not None or (wanted is not None and wanted.by_state):
+            state = self.policy.slot_state(key)
+            if state is not None:
+                self.gathered.states.append(state)
+        if self.known is not None:
+            entering = self._sum(key, state, None if self.count is None else self.entering)
+            self.gathered.entering.append(entering)
+            total = self._of(self.known, layer) + entering
+        positions = self._of(self._positions(), layer)
+        keys = self._layer_keys(layer, key)
+        return self.policy.probe(SlotView(keys, positions, self.valid, self.end - 1, self._head(), total=total))
+
+    def _of(self, tensor: Tensor, layer: int) -> Tensor:
+        """The layer's heads of a tensor of all layers."""
+        heads = self.shape.kv_heads
+        return tensor[layer * heads : (layer + 1) * heads]
+
+    def _head(self, layers: int = 1) -> Tensor:
+        """[layers * H] int64, every row's KV head."""
+        return torch.arange(self.shape.kv_heads).repeat(layers)
+
+    def _positions(self) -> Tensor:
+        """[L * H, S] int64, before eviction."""
+        held = self.ops.view(self.slots.positions)
+        if self.count is None:
+            return torch.cat([held, self.positions], 1).to(torch.int64)
+        return held.to(torch.int64)
+
+    def _layer_keys(self, layer: int, new: Tensor) -> Tensor:
+        """[H, S, d] float32, before eviction."""
+        scales = self.ops.view(self.slots.scales[layer]) if self.slots.scales else None
+        keys = self._unpacked(self.ops.view(self.slots.keys[layer]), scales, 0)
+        return torch.cat([keys, new], 1) if self.count is None else keys
 
     def _packed(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         """Keys and values [H, T, d] as the cache stores them; int8 with a scale a row, whose largest becomes 127."""
@@ -253,31 +259,43 @@ class SlotCache:
             scales.append(scale)
         return {"keys": packed[0], "values": packed[1], "scales": torch.cat(scales, -1)}
 
-    def _unpacked(self, keys: Tensor, scales: Tensor | None) -> Tensor:
-        """Keys [H, T, d] float32 of stored rows."""
-        numbers = self.ops.numbers(keys)
-        return numbers if scales is None else numbers * scales[..., :1]
+    def _unpacked(self, packed: Tensor, scales: Tensor | None, column: int) -> Tensor:
+        """Keys (column 0) or values (1) [H, T, d] float32 of stored rows."""
+        numbers = self.ops.numbers(packed)
+        return numbers if scales is None else numbers * scales[..., column : column + 1]
 
-    def _attend(self, query: Tensor, slots: LayerSlots, scaling: float, probe: Tensor | None) -> Attended:
-        """Attention of query [H, R, T, d], token i over slots 0 .. held + i."""
+    def _attend(
+        self,
+        layer: int,
+        query: Tensor,
+        new: tuple[Tensor, Tensor] | None,
+        scaling: float,
+        probe: Tensor | None,
+    ) -> Attended:
+        """Attention of query [H, R, T, d]: of a block's token i over slots 0 .. held + i, of a single token over the
+
+        slots that hold one and over its own `new` key and value [H, 1, d].
+        """
         heads, groups, length, width = query.shape
         rows = groups * length
         flat = query.reshape(heads, rows, width)
         if probe is not None:
             # One more query: the pass over the keys that attention makes anyway gives their products with it as well.
             # It goes all the way through, because leaving it out of softmax would copy all the others.
-            flat = torch.cat([flat, (probe / scaling).unsqueeze(1)], dim=1)
-        keys, values = (self.ops.numbers(self.ops.view(packed)) for packed in (slots.keys, slots.values))
+            flat = torch.cat([flat, probe.unsqueeze(1)], dim=1)
+        keys, values = (self.ops.numbers(self.ops.view(part[layer])) for part in (self.slots.keys, self.slots.values))
         key_scale = value_scale = None
-        if slots.scales is not None:
-            key_scale, value_scale = self.ops.view(slots.scales).split(1, dim=-1)
-            if length > 1:
+        if self.slots.scales:
+            key_scale, value_scale = self.ops.view(self.slots.scales[layer]).split(1, dim=-1)
+            if new is None:
                 # A block has more queries than a row has numbers, so here it is the cheaper side to scale.
                 keys, values = keys * key_scale, values * value_scale
                 key_scale = value_scale = None
         logits = self.ops.product(flat, keys, transpose=True, scaling=scaling)
         if key_scale is not None:
             logits = logits * key_scale.transpose(1, 2)
+        if new is not None:
+            logits = torch.cat([logits, self.ops.product(flat, new[0], transpose=True, scaling=scaling)], -1)
         weights = (logits + self._mask(groups, probe is not None)).softmax(-1)
         attention = None
         if self.observed is not None:
@@ -285,16 +303,28 @@ class SlotCache:
             if probe is not None:
                 share = torch.cat([share, torch.zeros(1)])
             attention = self.ops.product(share.expand(heads, 1, -1), weights).squeeze(1)
+        beside = None
+        if new is not None:
+            last = self.shape.slots
+            beside = weights[..., last:] * new[1]
+            weights = weights[..., :last]
         if value_scale is not None:
             weights = weights * value_scale.transpose(1, 2)
-        output = self.ops.product(weights, values)[:, :rows].reshape(heads, groups, length, width)
-        return Attended(output, None if probe is None else logits[:, rows], attention)
+        output = self.ops.product(weights, values)
+        if beside is not None:
+            output = output + beside
+        dots = None
+        if probe is not None:
+            output, dots = output[:, :rows], logits[:, rows : rows + 1].reshape(heads, -1)
+        return Attended(output.reshape(heads, groups, length, width), dots, attention)
 
     def _mask(self, groups: int, probe: bool) -> Tensor:
-        """[R * T, S] addend that hides later tokens and empty slots from a query, the same for all layers; a row of
+        """Addend that hides later tokens and empty slots from a query, the same for all layers: [1, S] for a single
 
-        zeros behind it for the probe.
+        token, else [R * T, S], with a row of zeros behind it for the probe.
         """
+        if self.count is None:
+            return self.empty.unsqueeze(0)
         if self.mask is None:
             sight = self.sight.repeat(groups)
             if probe:
@@ -303,19 +333,10 @@ class SlotCache:
             self.mask = (sight.unsqueeze(1) - self.slot).clamp(-1.0, 0.0) * -NEVER
         return self.mask
 
-    def _view(self, slots: LayerSlots, total: Tensor | None) -> SlotView:
-        """What the policy sees before attention."""
-        state = None if slots.state is None else self.ops.view(slots.state)
-        known = None if total is None else total.to(torch.float32)
-        scales = None if slots.scales is None else self.ops.view(slots.scales)
-        keys, positions = self._unpacked(self.ops.view(slots.keys), scales), self.ops.view(slots.positions)
-        return SlotView(keys, positions, self.valid, self.end - 1, state, known)
-
     def _sum(self, keys: Tensor, state: Tensor | None, weights: Tensor | None) -> Tensor:
-        """[H, d] float64: the sum that the policy asks for over keys [H, T, d], row i counting weights[i] times; of one
+        """[H, d] float32: the sum that the policy asks for over keys [H, T, d], row i counting weights[i] times; of one
 
-        key without weights. A block is added up in float32, so that a matrix product can do it; only blocks are added
-        in double precision.
+        key without weights.
         """
         wanted = self.policy.key_sum()
         assert wanted is not None
@@ -323,114 +344,176 @@ class SlotCache:
             assert state is not None
             keys = keys * state.unsqueeze(-1)
         if weights is None:
-            return keys.squeeze(1).double()
-        return self.ops.product(weights.expand(len(keys), 1, -1), keys).squeeze(1).double()
+            return keys.squeeze(1)
+        return self.ops.product(weights.expand(len(keys), 1, -1), keys).squeeze(1)
 
-    def _write(self, slots: LayerSlots, address: Any, rows: dict[str, Tensor]) -> None:
-        """Writes rows [H, T(, d)] by the name of the state's tensor."""
-        for name, tensor in rows.items():
-            setattr(slots, name, self.ops.write(getattr(slots, name), address, tensor))
-
-    def _take(self, slots: LayerSlots, address: Any) -> dict[str, Tensor]:
-        """The rows of every tensor that has one a slot."""
-        kept = {name: tensor for name, tensor in slots.tensors().items() if name in SLOTTED}
-        return {name: self.ops.take(tensor, address) for name, tensor in kept.items()}
-
-    def _settled(self, slots: LayerSlots, entering: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Slots [H, 1 + T] and rows to write: the new tokens, and before them the eviction that a decode step left
-
-        pending, that is the token in slot N to its victim's place. One write does both, because a runtime that writes
-        in place does so once a buffer. Where nothing is pending the first row is the first new token over again.
-        """
-        nothing = (self.filling | (slots.pending >= self.shape.budget)).unsqueeze(1)
-        place = torch.where(nothing.squeeze(1), self.held, slots.pending).unsqueeze(1)
-        last, rows = self._take(slots, self.last_slot), {}
-        for name, new in entering.items():
-            packed = name in ("keys", "values")
-            # Chosen as float32 numbers, because a runtime has no selection of bytes.
-            new, moved = (self.ops.numbers(t) if packed else t for t in (new, last[name]))
-            choice = nothing.unsqueeze(-1) if new.dim() == 3 else nothing
-            row = torch.where(choice, new[:, :1], moved.reshape(new[:, :1].shape))
-            both = torch.cat([row, new], dim=1)
-            rows[name] = self.ops.pack(both, entering[name].dtype) if packed else both
-        return torch.cat([place, self.appended], dim=1), rows
-
-    def _bring_up_to_date(self, slots: LayerSlots, view: SlotView) -> SlotView:
-        """Lets the policy update its number a slot by this step's attention."""
-        state = self.policy.update_state(view)
-        if state is None or slots.state is None:
-            return view
-        slots.state = self.ops.overwrite(slots.state, state)
-        return replace(view, state=state)
-
-    def _evict(self, slots: LayerSlots, view: SlotView, total: Tensor | None, output: Tensor) -> None:
-        leaving = self._leaving(view)
+    def finish(self) -> None:
+        """Evicts and writes, in all layers at once."""
+        if self.gathered.states:
+            states: Tensor | None = torch.cat(self.gathered.states)
+        else:
+            states = self.policy.slot_state(torch.cat(self.gathered.keys))
         if self.count is None:
-            victim = self.ops.last_of_largest(leaving, view.positions)
-            if total is not None:
-                self._leave_total(slots, total, victim.unsqueeze(1), None)
-            slots.pending = self.ops.overwrite(slots.pending, victim)
+            self._finish_token(states)
+        else:
+            self._finish_block(states)
+
+    def _view(self, state: Tensor | None) -> SlotView:
+        """What the policy sees of all layers after attention."""
+        gathered = self.gathered
+        keys = torch.cat([self._layer_keys(layer, key) for layer, key in enumerate(gathered.keys)])
+        head = self._head(self.shape.layers)
+        dots, attention, entering = (
+            torch.cat(part) if part else None for part in (gathered.dots, gathered.attention, gathered.entering)
+        )
+        dots = None if dots is None else dots * (1.0 / gathered.scaling)
+        total = None if self.known is None or entering is None else self.known + entering
+        view = SlotView(keys, self._positions(), self.valid, self.end - 1, head, state, total, dots, attention)
+        updated = self.policy.update_state(view) if self.policy.evicts else None
+        return view if updated is None else replace(view, state=updated)
+
+    def _finish_token(self, states: Tensor | None) -> None:
+        slots, ops, budget, last = self.slots, self.ops, self.shape.budget, self.shape.slots - 1
+        before = None if slots.state is None else ops.view(slots.state)
+        state = None if before is None or states is None else torch.cat([before, states], 1)
+        view = self._view(state)
+        if state is not None and view.state is not None and view.state is not state:
+            held, states = view.state.split([self.shape.slots, 1], 1)
+            slots.state = ops.overwrite(slots.state, held)
+        stays = leaves = None
+        if self.evicts:
+            positions = torch.cat([ops.view(slots.positions), self.positions], 1)
+            victim = ops.last_of_largest(self._leaving(view, positions), positions)
+            filling = self.start < budget
+            # A token that leaves at once is written where nobody looks.
+            place = torch.where(filling, self.start, victim.clamp_max(last))
+            stays = filling | (victim <= last)
+            leaves = stays & ~filling
+        else:
+            place = self.held.expand(self.rows)
+        place = ops.after(place, self._output()).unsqueeze(1)
+        if self.carried is not None:
+            slots.total = ops.overwrite(slots.total, self._total_after_token(place, stays, leaves))
+            place = ops.after(place, slots.total)
+        for layer, address in enumerate(ops.addresses(place, self.shape.kv_heads)):
+            self._write(layer, address, self.gathered.rows[layer])
+        address = ops.address(place)
+        slots.positions = ops.write(slots.positions, address, self.positions)
+        if slots.state is not None and states is not None:
+            slots.state = ops.write(slots.state, address, states)
+
+    def _finish_block(self, states: Tensor | None) -> None:
+        slots, ops = self.slots, self.ops
+        address = ops.address(self.appended)
+        slots.positions = ops.write(slots.positions, address, self.positions)
+        if slots.state is not None and states is not None:
+            slots.state = ops.write(slots.state, address, states)
+        state = None if slots.state is None else ops.view(slots.state)
+        view = self._view(state)
+        if state is not None and view.state is not None and view.state is not state:
+            slots.state = ops.overwrite(slots.state, view.state)
+        entered = None
+        if self.carried is not None:
+            entered = self.carried + torch.cat(self.gathered.entering).double()
+        if not self.evicts:
+            if entered is not None:
+                slots.total = ops.overwrite(slots.total, entered)
             return
-        victims = leaving_order(leaving, view.positions).topk(self.most, dim=-1).indices
-        source, target = self._plan_moves(victims)
-        source = self.ops.after(source, output)
-        if total is not None:
-            source = self.ops.after(source, self._leave_total(slots, total, victims, self.excess.to(torch.float32)))
-        self._write(slots, self.ops.address(target), self._take(slots, self.ops.address(source)))
-        # Slot N, always, but computed from the plan: as a constant, a runtime that binds one buffer as input and output
-        # may write it before the old value was read.
-        slots.pending = self.ops.overwrite(slots.pending, source[:, 0].clamp_max(self.shape.budget))
+        positions = ops.view(slots.positions)
+        victims = leaving_order(self._leaving(view, positions), positions).topk(self.most, dim=-1).indices
+        excess = torch.arange(self.most) < (self.held + self.count - self.shape.budget).clamp_min(0)
+        source, target = self._plan_moves(victims, excess)
+        source = ops.after(source, self._output())
+        if entered is not None:
+            slots.total = ops.overwrite(slots.total, self._less_victims(entered, victims, excess))
+            source = ops.after(source, slots.total)
+        heads = self.shape.kv_heads
+        pairs = zip(ops.addresses(source, heads), ops.addresses(target, heads), strict=True)
+        for layer, (origin, place) in enumerate(pairs):
+            moved = {name: ops.take(part[layer], origin) for name, part in slots.layered().items()}
+            self._write(layer, place, moved)
+        origin, place = ops.address(source), ops.address(target)
+        slots.positions = ops.write(slots.positions, place, ops.take(slots.positions, origin))
+        if slots.state is not None:
+            slots.state = ops.write(slots.state, place, ops.take(slots.state, origin))
 
-    def _leave_total(self, slots: LayerSlots, total: Tensor, victims: Tensor, weights: Tensor | None) -> Tensor:
-        """Takes victims [H, T] out of the sum of keys, row i as far as weights[i] says, and returns the sum that stays.
+    def _output(self) -> Tensor:
+        """The last layer's attention: who waits for it waits for every read of the caches."""
+        assert self.gathered.output is not None
+        return self.gathered.output
 
-        Without weights there is one victim, which leaves once the budget is full.
+    def _write(self, layer: int, address: Any, rows: dict[str, Tensor]) -> None:
+        """Writes rows [H, T, width] of the tensors that every layer has of its own."""
+        for name, part in self.slots.layered().items():
+            part[layer] = self.ops.write(part[layer], address, rows[name])
+
+    def _total_after_token(self, place: Tensor, stays: Tensor | None, leaves: Tensor | None) -> Tensor:
+        """[L * H, d] float64: the sums of keys once a token was written to place [L * H, 1], where rows [L * H] `stays`
+
+        says whether it enters, and `leaves` whether the one that was there goes.
         """
         wanted = self.policy.key_sum()
         assert wanted is not None
-        assert slots.total is not None
-        if not wanted.decay:
-            address = self.ops.address(victims)
-            keys, scales = self.ops.take(slots.keys, address).reshape(*victims.shape, -1), None
-            if slots.scales is not None:
-                scales = self.ops.take(slots.scales, address).reshape(*victims.shape, -1)
-            keys, state = self._unpacked(keys, scales), None
-            if wanted.by_state and slots.state is not None:
-                state = self.ops.take(slots.state, address).reshape(victims.shape)
-            leaving = self._sum(keys, state, weights)
-            total = total - (leaving * self.evicting if weights is None else leaving)
-        slots.total = self.ops.overwrite(slots.total, total)
-        return slots.total
+        assert self.carried is not None
+        entering = torch.cat(self.gathered.entering).double()
+        if wanted.decay or stays is None or leaves is None:
+            return self.carried + entering
+        old = self._sums_at(place, None).double()
+        return self.carried + entering * stays.double().unsqueeze(1) - old * leaves.double().unsqueeze(1)
 
-    def _leaving(self, view: SlotView) -> Tensor:
-        """[H, S] float32, larger leaves first; empty slots, pinned tokens and the recent window never leave."""
+    def _less_victims(self, total: Tensor, victims: Tensor, excess: Tensor) -> Tensor:
+        """[L * H, d] float64: sums of keys without victims [L * H, most], of which only the excess leaves."""
+        wanted = self.policy.key_sum()
+        assert wanted is not None
+        if wanted.decay:
+            return total
+        return total - self._sums_at(victims, excess.to(torch.float32)).double()
+
+    def _sums_at(self, index: Tensor, weights: Tensor | None) -> Tensor:
+        """[L * H, d] float32: `_sum` over the cached keys in slots index [L * H, T]."""
+        wanted, slots, ops, heads = self.policy.key_sum(), self.slots, self.ops, self.shape.kv_heads
+        assert wanted is not None
+        states: list[Tensor | None] = [None] * self.shape.layers
+        if wanted.by_state and slots.state is not None:
+            states = list(ops.take(slots.state, ops.address(index)).reshape(index.shape).split(heads))
+        sums = []
+        for layer, address in enumerate(ops.addresses(index, heads)):
+            shape = (heads, index.shape[1], -1)
+            scales = ops.take(slots.scales[layer], address).reshape(shape) if slots.scales else None
+            keys = self._unpacked(ops.take(slots.keys[layer], address).reshape(shape), scales, 0)
+            sums.append(self._sum(keys, states[layer], weights))
+        return torch.cat(sums)
+
+    def _leaving(self, view: SlotView, positions: Tensor) -> Tensor:
+        """[L * H, S] float32, larger leaves first; empty slots, pinned tokens and the recent window never leave."""
         barrier = self.empty
         recent = self.policy.recent_tokens(self.shape.budget)
-        if recent or self.policy.pinned:
-            # Arithmetic in place of comparisons, which a delegate lacks: 0 for what may leave, else NEVER. Positions
-            # are exact in float32 up to 2**24.
-            place = view.positions.to(torch.float32)
-            if recent:
-                oldest = (self.end - recent - 1).to(torch.float32)
-                barrier = barrier + (oldest - place).clamp(-1.0, 0.0) * -NEVER
-            if self.policy.pinned:
-                barrier = barrier + (place - self.policy.pinned).clamp(-1.0, 0.0) * -NEVER
+        # Arithmetic in place of comparisons, which a delegate lacks: 0 for what may leave, else NEVER.
+        if recent:
+            oldest = (self.end - recent - 1).to(torch.float32)
+            barrier = barrier + (oldest - positions).clamp(-1.0, 0.0) * -NEVER
+        if self.policy.pinned:
+            barrier = barrier + (positions - self.policy.pinned).clamp(-1.0, 0.0) * -NEVER
         return barrier - self.policy.score(view)
 
-    def _plan_moves(self, victims: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs the surviving tokens behind slot N with the victims before it: two [H, B] slot indices. Of the victims
+    def _plan_moves(self, victims: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs the surviving new tokens behind slot N with the victims before it: two [L * H, most] slot indices. Of
 
-        [H, B], first to leave first, only the excess leaves. (k in place of B where k generated tokens leave at once.)
+        the victims [L * H, most], first to leave first, only the excess [most] leaves.
 
         There are as many of the one as of the other. Both are listed in ascending slot order; the unused rest of a
         list moves into slot S - 1, which is empty after every eviction. Nothing here is as long as the cache.
         """
         budget, most, nowhere = self.shape.budget, self.most, self.shape.slots - 1
-        freed = ((budget - victims).clamp_min(0) * self.excess).topk(most, dim=-1).values
+        leave = torch.arange(most)
+        freed = ((budget - victims).clamp_min(0) * excess).topk(most, dim=-1).values
         behind = victims - budget
-        leaving = self.unmarked.scatter(1, torch.where(self.excess & (behind >= 0), behind, most), self.marks)
-        staged = (1 - leaving[:, :most]) * self.staged_weight
-        source = staged.topk(most, dim=-1).indices + budget
+        # One mark more than can leave: it takes those that do not.
+        unmarked = torch.zeros(self.rows, most + 1, dtype=torch.int64)
+        leaving = unmarked.scatter(1, torch.where(excess & (behind >= 0), behind, most), torch.ones_like(victims))
+        # Sort weights that list slots in ascending order: positive, and falling with the slot.
+        weight = (budget + leave < self.held + self.count) * (most - leave)
+        source = ((1 - leaving[:, :most]) * weight).topk(most, dim=-1).indices + budget
         return source, torch.where(freed > 0, budget - freed, nowhere)
 
 
@@ -439,57 +522,17 @@ def stored_dtype(shape: CacheShape) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}[shape.dtype]
 
 
-def new_layers(shape: CacheShape, policy: Policy, ops: SlotOps) -> list[LayerSlots]:
-    """Empty state for every layer."""
-    heads, slots, dtype = shape.kv_heads, shape.slots, stored_dtype(shape)
+def new_slots(shape: CacheShape, policy: Policy, ops: SlotOps) -> Slots:
+    """Empty state of all layers."""
+    heads, count, dtype = shape.kv_heads, shape.slots, stored_dtype(shape)
+    rows, layers = shape.layers * heads, range(shape.layers)
     keeps_state = policy.slot_state(torch.zeros(heads, 1, shape.head_dim)) is not None
-    return [
-        LayerSlots(
-            keys=ops.allocate(heads, slots, shape.head_dim, dtype),
-            values=ops.allocate(heads, slots, shape.head_dim, dtype),
-            positions=ops.allocate(heads, slots, 0, torch.int64),
-            pending=torch.full((heads,), shape.budget, dtype=torch.int64),
-            state=ops.allocate(heads, slots, 0, torch.float32) if keeps_state else None,
-            total=torch.zeros(heads, shape.head_dim, dtype=torch.float64) if policy.key_sum() is not None else None,
-            scales=ops.allocate(heads, slots, 2, torch.float32) if dtype is torch.int8 else None,
-        )
-        for _ in range(shape.layers)
-    ]
-
-
-class TorchOps:
-    """The slot operations in plain, functional PyTorch: the static graph before any lowering."""
-
-    def allocate(self, heads: int, slots: int, width: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros((heads, slots, width) if width else (heads, slots), dtype=dtype)
-
-    def view(self, slots: Tensor) -> Tensor:
-        return slots
-
-    def address(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.arange(index.shape[0]).unsqueeze(1), index
-
-    def write(self, slots: Tensor, address: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-        return slots.index_put(address, rows)
-
-    def take(self, slots: Tensor, address: tuple[Tensor, Tensor]) -> Tensor:
-        return slots[address]
-
-    def overwrite(self, target: Tensor, value: Tensor) -> Tensor:
-        return value
-
-    def pack(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-        return (numbers.round() if dtype is torch.int8 else numbers).to(dtype)
-
-    def numbers(self, packed: Tensor) -> Tensor:
-        return packed.to(torch.float32)
-
-    def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
-        return (left @ (right.mT if transpose else right)) * scaling
-
-    def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
-        largest = numbers == numbers.amax(-1, keepdim=True)
-        return torch.where(largest, positions, -1).argmax(-1)
-
-    def after(self, index: Tensor, *results: Tensor) -> Tensor:
-        return index
+    sums = policy.key_sum() is not None
+    return Slots(
+        keys=[ops.allocate(heads, count, shape.head_dim, dtype) for _ in layers],
+        values=[ops.allocate(heads, count, shape.head_dim, dtype) for _ in layers],
+        scales=[ops.allocate(heads, count, 2, torch.float32) for _ in layers] if dtype is torch.int8 else [],
+        positions=ops.allocate(rows, count, 0, torch.float32),
+        state=ops.allocate(rows, count, 0, torch.float32) if keeps_state else None,
+        total=torch.zeros(rows, shape.head_dim, dtype=torch.float64) if sums else None,
+    )

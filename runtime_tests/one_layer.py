@@ -10,7 +10,8 @@ from torch import Tensor
 from keydiff_export.policies import Policy
 from keydiff_export.reference import Reference
 from keydiff_export.shape import CacheShape
-from keydiff_export.slots import SlotCache, TorchOps, new_layers
+from keydiff_export.slot_ops import TorchOps
+from keydiff_export.slots import SlotCache, new_slots
 
 
 @dataclass
@@ -68,7 +69,7 @@ class StaticLayer:
     ) -> None:
         self.shape = CacheShape(1, heads, width, budget, block, cache_dtype, evict_every)
         self.policy, self.seen, self.staged = policy, 0, 0
-        self.layers = new_layers(self.shape, policy, TorchOps())
+        self.slots = new_slots(self.shape, policy, TorchOps())
 
     def step(self, rows: Rows, padding: Rows | None = None) -> Tensor:
         """Attention output [H * R, T, d]; `padding` fills a block behind fewer tokens than B."""
@@ -78,8 +79,7 @@ class StaticLayer:
         if length == 1 and self.shape.evict_every > 1:
             return self._lazy(rows, start)
         if length == 1:
-            cache = SlotCache(self.shape, self.policy, TorchOps(), self.layers, 1, start, None)
-            return cache.attend(0, rows.queries, rows.keys, rows.values, 0.5)
+            return self._run(SlotCache(self.shape, self.policy, TorchOps(), self.slots, 1, start, None), rows)
         missing = self.shape.block - length
         parts = []
         for name in ("queries", "keys", "values"):
@@ -87,49 +87,45 @@ class StaticLayer:
             rest = torch.zeros_like(own[:, :1]).expand(-1, missing, -1)
             parts.append(torch.cat([own, rest if padding is None else getattr(padding, name)[:, :missing]], 1))
         cache = SlotCache(
-            self.shape, self.policy, TorchOps(), self.layers, self.shape.block, start, torch.tensor([length])
+            self.shape, self.policy, TorchOps(), self.slots, self.shape.block, start, torch.tensor([length])
         )
-        return cache.attend(0, *parts, 0.5)[:, :length]
+        return self._run(cache, Rows(*parts))[:, :length]
+
+    def _run(self, cache: SlotCache, rows: Rows) -> Tensor:
+        output = cache.attend(0, rows.queries, rows.keys, rows.values, 0.5)
+        cache.finish()
+        return output
 
     def _lazy(self, rows: Rows, start: Tensor) -> Tensor:
         staged, full = self.staged, self.seen > self.shape.budget
         self.staged = (staged + 1) % self.shape.evict_every if full else 0
-        cache = SlotCache(
-            self.shape,
-            self.policy,
-            TorchOps(),
-            self.layers,
-            1,
-            start,
-            torch.tensor([1]),
-            torch.tensor([staged]),
-            evicts=full and self.staged == 0,
-        )
-        return cache.attend(0, rows.queries, rows.keys, rows.values, 0.5)
+        evicts = full and self.staged == 0
+        count, piled = torch.tensor([1]) if evicts else None, torch.tensor([staged])
+        cache = SlotCache(self.shape, self.policy, TorchOps(), self.slots, 1, start, count, piled, evicts)
+        return self._run(cache, rows)
 
     def occupied(self) -> Tensor:
         """[H, S] bool: the slots whose token is still held."""
         budget, slots = self.shape.budget, self.shape.slots
         slot = torch.arange(slots).expand(self.shape.kv_heads, slots)
-        if self.seen <= budget:
-            return slot < self.seen
-        if self.shape.evict_every > 1:
-            return slot < budget + self.staged
-        return (slot <= budget) & (slot != self.layers[0].pending.unsqueeze(1))
+        return slot < min(self.seen, budget + self.staged)
 
     def held(self) -> list[list[int]]:
         """Positions held, a list a head, in slot order."""
-        rows = zip(self.layers[0].positions, self.occupied(), strict=True)
-        return [positions[mask].tolist() for positions, mask in rows]
+        rows = zip(self.slots.positions, self.occupied(), strict=True)
+        return [positions[mask].int().tolist() for positions, mask in rows]
 
     def litter(self, seed: int) -> None:
         """Overwrites every slot whose token is gone with other numbers."""
         generator = torch.Generator().manual_seed(seed)
         gone = ~self.occupied()
-        layer = self.layers[0]
-        for name in ("keys", "values", "state"):
-            tensor = getattr(layer, name)
-            if tensor is not None:
-                junk = torch.randn(tensor.shape, generator=generator) * 50
-                setattr(layer, name, torch.where(gone.reshape(*gone.shape, *[1] * (tensor.dim() - 2)), junk, tensor))
-        layer.positions = torch.where(gone, 10**6 + seed, layer.positions)
+        slots = self.slots
+
+        def littered(tensor: Tensor) -> Tensor:
+            junk = torch.randn(tensor.shape, generator=generator) * 50
+            return torch.where(gone.reshape(*gone.shape, *[1] * (tensor.dim() - 2)), junk, tensor)
+
+        for part in (slots.keys, slots.values):
+            part[0] = littered(part[0])
+        slots.state = None if slots.state is None else littered(slots.state)
+        slots.positions = torch.where(gone, 10**6 + seed, slots.positions)

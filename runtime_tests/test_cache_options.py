@@ -58,11 +58,10 @@ def test_an_int8_row_is_within_half_a_step() -> None:
     rows = random_rows(8, width=64)
     static = StaticLayer(make_policy("keydiff"), BUDGET, BLOCK, width=64, cache_dtype="int8")
     static.step(rows)
-    layer = static.layers[0]
-    assert layer.keys.dtype == layer.values.dtype == torch.int8
-    assert layer.scales is not None
-    for column, (packed, exact) in enumerate(((layer.keys, rows.keys), (layer.values, rows.values))):
-        scale = layer.scales[:, :8, column : column + 1]
+    slots = static.slots
+    assert slots.keys[0].dtype == slots.values[0].dtype == torch.int8
+    for column, (packed, exact) in enumerate(((slots.keys[0], rows.keys), (slots.values[0], rows.values))):
+        scale = slots.scales[0][:, :8, column : column + 1]
         assert ((packed[:, :8] * scale - exact).abs() <= 0.5001 * scale).all()
         assert (packed[:, :8].abs().amax(-1) == 127).all()
 
@@ -76,7 +75,7 @@ def test_the_cosine_does_not_see_the_scale() -> None:
     for part in (rows, longer):
         static = StaticLayer(make_policy("keydiff"), BUDGET, BLOCK, width=64, cache_dtype="int8")
         static.step(part)
-        layers.append(static.layers[0])
+        layers.append(static.slots)
     assert torch.equal(layers[0].keys, layers[1].keys)
     assert layers[0].state is not None
     assert layers[1].state is not None

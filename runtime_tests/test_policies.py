@@ -109,7 +109,7 @@ def view_of(positions: list[int], state: list[float] | None = None, heads: int =
     rows = torch.tensor([positions]).expand(heads, -1)
     numbers = None if state is None else torch.tensor([state])
     keys, newest = torch.zeros(heads, len(positions), 2), torch.tensor([max(positions)])
-    return SlotView(keys, rows, torch.ones(len(positions)), newest, numbers)
+    return SlotView(keys, rows, torch.ones(len(positions)), newest, torch.arange(len(keys)), numbers)
 
 
 def test_sink_keeps_the_first_tokens_and_then_the_newest() -> None:

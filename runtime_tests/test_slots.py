@@ -16,7 +16,8 @@ from keydiff_export.policies import make_policy
 from keydiff_export.policies.keydiff import ANCHORS, METRICS
 from keydiff_export.reference import Reference
 from keydiff_export.runtime.base import Logits, Runner, Snapshot, make_snapshot, padded
-from keydiff_export.slots import LayerSlots, TorchOps, leaving_order, new_layers
+from keydiff_export.slot_ops import TorchOps, leaving_order
+from keydiff_export.slots import new_slots
 
 
 class GraphRunner(Runner):
@@ -28,23 +29,24 @@ class GraphRunner(Runner):
         super().__init__(budget, block)
         chosen = make_policy(policy, recent=recent, **parameters)
         self.graph = StaticGraph(loaded.model, loaded.cache_shape(budget, block), chosen, TorchOps())
-        self.layers: list[LayerSlots] = new_layers(self.graph.shape, self.graph.policy, self.graph.ops)
+        self.slots = new_slots(self.graph.shape, self.graph.policy, self.graph.ops)
         self.padding = 0
 
     def _prefill(self, tokens: list[int]) -> Logits:
         row = torch.from_numpy(padded(tokens, self.block))
         row[0, len(tokens) :] = self.padding
         with torch.no_grad():
-            logits = self.graph.prefill(row, torch.tensor([self.seen]), torch.tensor([len(tokens)]), self.layers)
+            logits = self.graph.prefill(row, torch.tensor([self.seen]), torch.tensor([len(tokens)]), self.slots)
         return logits[0].numpy()
 
     def _decode(self, token: int) -> Logits:
         with torch.no_grad():
-            return self.graph.decode(torch.tensor([[token]]), torch.tensor([self.seen]), self.layers)[0].numpy()
+            return self.graph.decode(torch.tensor([[token]]), torch.tensor([self.seen]), self.slots)[0].numpy()
 
     def snapshot(self) -> Snapshot:
-        layers = [{name: t.numpy() for name, t in layer.tensors().items()} for layer in self.layers]
-        return make_snapshot(layers, self.seen, self.budget)
+        parts = self.slots.layered()
+        layers = [{name: part[i].numpy() for name, part in parts.items()} for i in range(len(self.slots.keys))]
+        return make_snapshot(self.slots.positions.numpy(), layers, self.held)
 
 
 class ForwardRunner(GraphRunner):
@@ -52,7 +54,7 @@ class ForwardRunner(GraphRunner):
 
     def _prefill(self, tokens: list[int]) -> Logits:
         with torch.no_grad():
-            return self.graph.forward(torch.tensor([tokens]), torch.tensor([self.seen]), self.layers)[0].numpy()
+            return self.graph.forward(torch.tensor([tokens]), torch.tensor([self.seen]), self.slots)[0].numpy()
 
     def _decode(self, token: int) -> Logits:
         return self._prefill([token])

@@ -6,12 +6,12 @@ different rows a head.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers torch.ops.llama)
 from torch import Tensor
 from torch.ao.quantization.fx._decomposed import quantized_decomposed_lib  # noqa: F401  (registers the library)
-
-from ..slots import leaving_order
 
 _QUANTIZED = torch.ops.quantized_decomposed
 
@@ -21,14 +21,49 @@ class Address:
 
     def __init__(self, index: Tensor) -> None:
         self.index = index.contiguous()
-        self._flat: Tensor | None = None
+
+    @cached_property
+    def _head(self) -> Tensor:
+        return torch.arange(self.index.shape[0]).unsqueeze(1)
 
     def flat(self, slots: int) -> Tensor:
         """[H * T] rows of slots flattened over heads."""
-        if self._flat is None:
-            offset = torch.arange(self.index.shape[0]).unsqueeze(1) * slots
-            self._flat = (self.index + offset).reshape(-1)
+        return (self.index + self._head * slots).reshape(-1)
+
+
+class _Layers:
+    """The index [L * H, T] of all layers, cut into layers once a use: a step that only writes never flattens."""
+
+    def __init__(self, index: Tensor, heads: int) -> None:
+        self.index, self.heads = index.contiguous(), heads
+        self._flat: list[Tensor] = []
+
+    @cached_property
+    def parts(self) -> tuple[Tensor, ...]:
+        """[H, T] a layer."""
+        return self.index.split(self.heads)
+
+    def flat(self, slots: int) -> list[Tensor]:
+        """[H * T] a layer, rows of its slots flattened over heads."""
+        if not self._flat:
+            head = torch.arange(self.heads).repeat(self.index.shape[0] // self.heads).unsqueeze(1)
+            rows = (self.index + head * slots).reshape(-1)
+            self._flat = list(rows.split(self.heads * self.index.shape[1]))
         return self._flat
+
+
+class _LayerAddress(Address):
+    """One layer's part of `_Layers`."""
+
+    def __init__(self, layers: _Layers, layer: int) -> None:
+        self._layers, self._layer = layers, layer
+
+    @property
+    def index(self) -> Tensor:  # type: ignore[override]
+        return self._layers.parts[self._layer]
+
+    def flat(self, slots: int) -> Tensor:
+        return self._layers.flat(slots)[self._layer]
 
 
 class ExecuTorchOps:
@@ -43,6 +78,10 @@ class ExecuTorchOps:
 
     def address(self, index: Tensor) -> Address:
         return Address(index)
+
+    def addresses(self, index: Tensor, heads: int) -> list[Address]:
+        layers = _Layers(index, heads)
+        return [_LayerAddress(layers, layer) for layer in range(index.shape[0] // heads)]
 
     def write(self, slots: Tensor, address: Address, rows: Tensor) -> Tensor:
         heads, length = address.index.shape
@@ -74,8 +113,13 @@ class ExecuTorchOps:
         return torch.bmm(scaled, right.transpose(1, 2) if transpose else right)
 
     def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
-        # One pass over doubles: comparing and selecting cost several times as much in the portable kernels.
-        return leaving_order(numbers, positions).argmax(-1)
+        # In a delegate all but the maximum: comparing and selecting cost several times as much in the portable kernels.
+        # 1 for the largest, else 0; a difference below 1e-38 would be no difference.
+        largest = 1.0 - ((numbers.amax(-1, keepdim=True) - numbers) * 1e38).clamp(0.0, 1.0)
+        # Whole numbers, all different where it matters: so far apart, softmax is exactly 1 at the largest, else 0.
+        chosen = ((largest * (positions + 1.0)) * 1e30).softmax(-1)
+        slot = torch.arange(numbers.shape[-1], dtype=torch.float32)
+        return (chosen * slot).sum(-1).round().to(torch.int64)
 
     def after(self, index: Tensor, *results: Tensor) -> Tensor:
         # In-place writes are ordered by nothing but data: without this, a policy that does not look at the keys could

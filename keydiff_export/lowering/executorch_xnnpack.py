@@ -18,9 +18,9 @@ from torchao.utils import unwrap_tensor_subclass
 from ..graph import StaticGraph
 from ..policies import Policy
 from ..quantize import Activation
-from ..runtime.base import SNAPSHOT
+from ..runtime.base import LAYERED
 from ..shape import CacheShape
-from ..slots import LayerSlots, new_layers
+from ..slots import Slots, new_slots
 from .base import Lowered, Phases, Target
 from .executorch_ops import ExecuTorchOps
 from .rewrites import (
@@ -31,6 +31,7 @@ from .rewrites import (
     reductions_to_linear,
     run_time_sizes_to_inferred,
     shallow_provenance,
+    wide_joins_to_trees,
 )
 from .xnnpack_partition import SegmentPartitioner
 
@@ -70,6 +71,7 @@ class ExecuTorchXnnpack(Target):
                     reductions_to_linear(program)
                     half_rotations_to_linear(program)
                     rank_changes_to_reshapes(program)
+                    wide_joins_to_trees(program)
                     drop_provenance(program)
             with phases.phase("executorch-xnnpack: lower"):
                 edge = to_edge_transform_and_lower(
@@ -106,15 +108,12 @@ class _Method(nn.Module):
         super().__init__()
         self.graph = graph
         self.model = graph.model
-        for number, layer in enumerate(new_layers(graph.shape, graph.policy, graph.ops)):
-            for name, tensor in layer.tensors().items():
-                self.register_buffer(f"{name}_{number}", tensor)
-            self.names = tuple(layer.tensors())
+        for name, tensor in new_slots(graph.shape, graph.policy, graph.ops).tensors().items():
+            self.register_buffer(name, tensor)
 
-    def layers(self) -> list[LayerSlots]:
-        """The slots of every layer, backed by the buffers."""
-        count = self.graph.shape.layers
-        return [LayerSlots(**{name: getattr(self, f"{name}_{i}") for name in self.names}) for i in range(count)]
+    def slots(self) -> Slots:
+        """The slots of all layers, backed by the buffers."""
+        return Slots.named(dict(self.named_buffers(recurse=False)), self.graph.shape.layers)
 
 
 class _Step(_Method):
@@ -123,13 +122,13 @@ class _Step(_Method):
         self.step = getattr(graph, name)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.step(*inputs, self.layers())
+        return self.step(*inputs, self.slots())
 
 
 class _Snapshot(_Method):
-    """Copies the state out, for parity checks: positions, pending, keys, values (and scales) of every layer.
+    """Copies the state out, for parity checks: positions of all layers, then keys, values (and scales) of each.
 
-    A slice and a clamp, because a plain clone is optimised away and a buffer itself cannot be an output.
+    A slice, because a plain clone is optimised away and a buffer itself cannot be an output.
     """
 
     def __init__(self, graph: StaticGraph) -> None:
@@ -138,17 +137,9 @@ class _Snapshot(_Method):
 
     def forward(self) -> list[Tensor]:
         last = self.graph.shape.budget + self.graph.shape.evict_every
-        copies = []
-        for layer in self.layers():
-            copies += [
-                layer.positions[:, :last],
-                layer.pending.clamp_max(last),
-                layer.keys[:, :last],
-                layer.values[:, :last],
-            ]
-            if layer.scales is not None:
-                copies.append(layer.scales[:, :last])
-        return copies
+        slots = self.slots()
+        parts = [tensor for layer in zip(*slots.layered().values(), strict=True) for tensor in layer]
+        return [tensor[:, :last] for tensor in (slots.positions, *parts)]
 
 
 def _trace(graph: StaticGraph, stock_runner: bool) -> dict[str, ExportedProgram]:
@@ -198,8 +189,9 @@ def _outputs(program: ExportedProgram) -> list[dict[str, Any]]:
     outputs = [nodes[str(name)].meta["val"] for name in program.graph_signature.user_outputs]
     if len(outputs) == 1:
         return [_describe("logits", outputs[0], program)]
-    parts = SNAPSHOT if outputs[2].dtype is torch.int8 else SNAPSHOT[:-1]
-    return [_describe(f"{parts[i % len(parts)]}_{i // len(parts)}", value, program) for i, value in enumerate(outputs)]
+    parts = LAYERED if outputs[1].dtype is torch.int8 else LAYERED[:-1]
+    names = ["positions", *(f"{parts[i % len(parts)]}_{i // len(parts)}" for i in range(len(outputs) - 1))]
+    return [_describe(name, value, program) for name, value in zip(names, outputs, strict=True)]
 
 
 def _describe(name: str, value: Tensor, program: ExportedProgram) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..graph import StaticGraph
 from ..policies import Policy
 from ..quantize import Activation, twin
 from ..shape import CacheShape
-from ..slots import SLOTTED, LayerSlots, new_layers
+from ..slots import Slots, new_slots
 from .base import Lowered, Phases, Target
 from .onnx_ops import OnnxOps
 
@@ -61,41 +61,46 @@ class OnnxCpu(Target):
 
 
 class _Step(nn.Module):
-    """A method with its state as inputs and outputs, flat and in layer order."""
+    """A method with its state as inputs and outputs, flat, in the order of `Slots.tensors`."""
 
     def __init__(self, graph: StaticGraph, method: str, names: tuple[str, ...]) -> None:
         super().__init__()
         self.graph, self.model, self.method, self.names = graph, graph.model, method, names
 
     def forward(self, arguments: tuple[Tensor, ...], states: list[Tensor]) -> tuple[Tensor, ...]:
-        each = iter(states)
-        layers = [_Recorded(**{name: next(each) for name in self.names}) for _ in range(self.graph.shape.layers)]
-        logits = getattr(self.graph, self.method)(*arguments, layers)
-        final = [tensor for layer in layers for tensor in layer.tensors().values()]
-        appended = {f"{name}_{i}": t for i, layer in enumerate(layers) for name, t in layer.appended().items()}
+        ops = _RecordingOps()
+        self.graph.ops = ops
+        before = dict(zip(self.names, states, strict=True))
+        slots = Slots.named(before, self.graph.shape.layers)
+        logits = getattr(self.graph, self.method)(*arguments, slots)
+        after = slots.tensors()
+        appended = {name: ops.first(before[name], after[name]) for name in self.names}
+        appended = {name: tensor for name, tensor in appended.items() if tensor is not None}
         self.appended = tuple(appended)
-        return (logits, *final, *appended.values())
+        return (logits, *after.values(), *appended.values())
 
 
-class _Recorded(LayerSlots):
-    """A layer's state that remembers what its tensors were between the step's start and its end."""
+class _RecordingOps(OnnxOps):
+    """The slot operations, and what each write was to: of two in a row the first is an output, too."""
 
-    def __setattr__(self, name: str, value: Tensor | None) -> None:
-        self.__dict__.setdefault("_values", {}).setdefault(name, []).append(value)
-        super().__setattr__(name, value)
+    def __init__(self) -> None:
+        self.writes: list[tuple[Tensor, Tensor]] = []
 
-    def appended(self) -> dict[str, Tensor]:
-        """By name, the tensors that were written twice, after the first time."""
-        values = {name: self.__dict__["_values"][name] for name in SLOTTED if name in self.__dict__["_values"]}
-        return {name: seen[1] for name, seen in values.items() if len(seen) == 3}
+    def write(self, slots: Tensor, address: Tensor, rows: Tensor) -> Tensor:
+        written = super().write(slots, address, rows)
+        self.writes.append((slots, written))
+        return written
+
+    def first(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """The tensor between a state before and after the step, where it was written twice."""
+        between = next((source for source, written in self.writes if written is after), None)
+        return between if any(source is before and written is between for source, written in self.writes) else None
 
 
 def _export(graph: StaticGraph, method: str, examples: dict[str, Tensor]) -> ir.Model:
-    layers = new_layers(graph.shape, graph.policy, graph.ops)
-    names = tuple(layers[0].tensors())
-    states = [tensor for layer in layers for tensor in layer.tensors().values()]
-    state_names = [f"{name}_{number}" for number in range(len(layers)) for name in names]
-    step = _Step(graph, method, names).eval()
+    named = new_slots(graph.shape, graph.policy, graph.ops).tensors()
+    state_names, states = list(named), list(named.values())
+    step = _Step(graph, method, tuple(state_names)).eval()
     with torch.no_grad():
         program = torch.onnx.export(
             step,

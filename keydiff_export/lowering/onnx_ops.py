@@ -28,6 +28,10 @@ class OnnxOps:
         head = torch.arange(index.shape[0]).unsqueeze(1).expand_as(index)
         return torch.stack([head, index], dim=-1)
 
+    def addresses(self, index: Tensor, heads: int) -> list[Tensor]:
+        head = torch.arange(heads).repeat(index.shape[0] // heads).unsqueeze(1).expand_as(index)
+        return list(torch.stack([head, index], dim=-1).split(heads))
+
     def write(self, slots: Tensor, address: Tensor, rows: Tensor) -> Tensor:
         return _onnx("::ScatterND", [slots, address, rows], list(slots.shape), slots)
 
@@ -52,7 +56,7 @@ class OnnxOps:
 
     def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
         largest = numbers == numbers.amax(-1, keepdim=True)
-        return torch.where(largest, positions, -1).argmax(-1)
+        return torch.where(largest, positions, -1.0).argmax(-1)
 
     def after(self, index: Tensor, *results: Tensor) -> Tensor:
         # Both writes of a prefill step go to one buffer, so the second waits for what reads the first's result.

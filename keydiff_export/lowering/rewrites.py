@@ -13,7 +13,7 @@ import torch
 from executorch.backends.transforms.utils import create_constant_placeholder
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -95,6 +95,33 @@ def rank_changes_to_reshapes(program: ExportedProgram) -> None:
         view.meta = dict(node.meta)
         _replace(program, node, view)
     program.graph_module.recompile()
+
+
+def wide_joins_to_trees(program: ExportedProgram) -> None:
+    """Joins more than five float tensors five at a time: XNNPACK takes no more, and a refusal ends a delegate."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.cat.default or node.meta["val"].dtype != torch.float32:
+            continue
+        parts, axis = list(node.args[0]), node.args[1] if len(node.args) > 1 else 0
+        if len(parts) <= _MOST_JOINED:
+            continue
+        with graph.inserting_before(node):
+            while len(parts) > _MOST_JOINED:
+                parts = [_join(graph, parts[i : i + _MOST_JOINED], axis) for i in range(0, len(parts), _MOST_JOINED)]
+        node.args = (parts, axis)
+    program.graph_module.recompile()
+
+
+_MOST_JOINED = 5
+
+
+def _join(graph: Graph, parts: list[Node], axis: int) -> Node:
+    if len(parts) == 1:
+        return parts[0]
+    joined = graph.call_function(aten.cat.default, (parts, axis))
+    joined.meta = {"val": torch.cat([part.meta["val"] for part in parts], axis)}
+    return joined
 
 
 def half_rotations_to_linear(program: ExportedProgram) -> None:

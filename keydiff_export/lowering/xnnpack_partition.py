@@ -21,7 +21,7 @@ from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.passes.infra.partitioner import Partition
 
 # Runs one of XNNPACK's seventeen passes in place of all: the others rewrite convolutions, batch norms and layouts that
@@ -74,10 +74,29 @@ class SegmentPartitioner(XnnpackPartitioner):
             own = max((level[i] if i in group_of else level[i] + 1 for i in inputs), default=0)
             level[node] = own
             group_level[group_of[node]] = max(group_level[group_of[node]], own)
+        _postpone(ep.graph, group_of, group_level)
         segments: dict[int, list[Node]] = defaultdict(list)
         for node, number in group_of.items():
             segments[group_level[number]].append(node)
         return [Partition(id=number, nodes=nodes) for number, nodes in sorted(segments.items())]
+
+
+def _postpone(graph: Graph, group_of: dict[Node, int], group_level: dict[int, int]) -> None:
+    """Moves every node that only delegates read into the first of those delegates.
+
+    Else a transposed view of a cache, which needs nothing before it, would be computed by the first delegate and handed
+    on as a copy.
+    """
+    members: dict[int, list[Node]] = defaultdict(list)
+    for node, number in group_of.items():
+        members[number].append(node)
+    for node in reversed(graph.nodes):
+        number = group_of.get(node)
+        if number is None or node is not members[number][-1]:
+            continue
+        readers = {user for member in members[number] for user in member.users} - set(members[number])
+        if readers and all(user in group_of for user in readers):
+            group_level[number] = min(group_level[group_of[user]] for user in readers)
 
 
 def _views_storage(node: Node) -> bool:

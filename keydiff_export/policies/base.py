@@ -15,7 +15,7 @@ EVERY_QUERY = 2**31
 
 @dataclass(frozen=True)
 class SlotView:
-    """What a policy sees of one layer after a step's tokens were written and attended to, and before eviction.
+    """What a policy sees after a step's tokens were attended to, and before eviction.
 
     Shapes: H KV heads, S slots, d head dimension. Slots that hold no token carry finite, meaningless numbers;
     `valid` is 0 there and a policy must not let them influence the others.
@@ -25,6 +25,8 @@ class SlotView:
         positions: [H, S] int64, true position of each slot's token.
         valid: [S] float, 1 where the slot holds a token, else 0 (the same for all heads).
         newest: [1] int64, position of the newest token.
+        head: [H] int64, number of each row's KV head in its layer. A graph scores all layers in one call, so there may be
+            more rows than a layer has heads.
         state: [H, S] float or None, the number a slot that `Policy.slot_state` and `Policy.update_state` keep.
         total: [H, d] float or None, what `Policy.key_sum` asked for.
         dots: [H, S] float or None, dot product of every key with `Policy.probe`.
@@ -36,6 +38,7 @@ class SlotView:
     positions: Tensor
     valid: Tensor
     newest: Tensor
+    head: Tensor
     state: Tensor | None = None
     total: Tensor | None = None
     dots: Tensor | None = None
@@ -122,7 +125,7 @@ class Policy(ABC):
         return None
 
     def probe(self, view: SlotView) -> Tensor | None:
-        """A vector [H, d] whose dot product with every key `score` needs, or None. Attention is not known yet."""
+        """A vector [H, d] whose dot product with every key `score` needs, or None. State and attention are not known yet."""
         return None
 
     def observed_queries(self) -> int:

@@ -23,7 +23,6 @@ class Random(Policy):
 
     def score(self, view: SlotView) -> Tensor:
         """A pseudo-random whole number below 2^24, exact in float32: [H, S]."""
-        head = torch.arange(view.positions.shape[0]).unsqueeze(1)
-        place = (view.positions * _POSITION + head * _HEAD + self.seed * _SEED) % _PRIME
+        place = (view.positions * _POSITION + view.head.unsqueeze(1) * _HEAD + self.seed * _SEED) % _PRIME
         # Cubed, because a linear map would give every head the same lots, shifted.
         return (place * place % _PRIME * place % _PRIME).to(torch.float32)

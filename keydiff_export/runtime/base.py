@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
-# What of a layer's state a snapshot takes; scales only where keys and values are int8.
-SNAPSHOT = ("positions", "pending", "keys", "values", "scales")
+# What a snapshot takes of a layer beside positions; scales only where keys and values are int8.
+LAYERED = ("keys", "values", "scales")
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Snapshot:
 
     Attributes:
         held: positions held, as sets: [layer][KV head].
-        keys, values: [L, H, N + 1, d] float32 by slot.
+        keys, values: [L, H, n, d] float32 by slot, of the n slots that hold a token.
         slots: slot of each held position: [layer][KV head][position].
     """
 
@@ -112,30 +112,19 @@ def padded(tokens: list[int], block: int) -> NDArray[np.int64]:
     return row
 
 
-def make_snapshot(layers: list[dict[str, NDArray[np.generic]]], seen: int, budget: int, staged: int = 0) -> Snapshot:
-    """Builds a snapshot from per-layer arrays: positions [H, S], pending [H], keys and values [H, S, d], and scales
+def make_snapshot(positions: NDArray[np.generic], layers: list[dict[str, NDArray[np.generic]]], count: int) -> Snapshot:
+    """Builds a snapshot from positions [L * H, S] and, a layer each, keys and values [H, S, d] by name, with scales
 
-    [H, S, 2] where those are int8.
-
-    Until the budget is full the slots in use are those of the tokens seen; after that every slot up to N, less the
-    pending victim of a decode step, and those of the tokens that wait for an eviction.
+    [H, S, 2] where those are int8. The first `count` slots hold a token.
     """
-    held: list[list[set[int]]] = []
-    slots: list[list[dict[int, int]]] = []
-    for layer in layers:
-        rows: list[dict[int, int]] = []
-        for head, positions in enumerate(layer["positions"]):
-            used = range(seen) if seen <= budget else range(budget + max(staged, 1))
-            skip = -1 if seen <= budget or staged else int(layer["pending"][head])
-            rows.append({int(positions[slot]): slot for slot in used if slot != skip})
-        slots.append(rows)
-        held.append([set(row) for row in rows])
-    last = budget + max(staged, 1)
+    heads = len(positions) // len(layers)
+    rows = [{int(position): slot for slot, position in enumerate(row[:count])} for row in positions]
+    slots = [rows[layer * heads : (layer + 1) * heads] for layer in range(len(layers))]
 
     def numbers(name: str, column: int) -> NDArray[np.float32]:
-        stacked = np.stack([np.asarray(layer[name], dtype=np.float32)[:, :last] for layer in layers])
+        stacked = np.stack([np.asarray(layer[name], dtype=np.float32)[:, :count] for layer in layers])
         if "scales" not in layers[0]:
             return stacked
-        return stacked * np.stack([np.asarray(layer["scales"])[:, :last, column : column + 1] for layer in layers])
+        return stacked * np.stack([np.asarray(layer["scales"])[:, :count, column : column + 1] for layer in layers])
 
-    return Snapshot(held, numbers("keys", 0), numbers("values", 1), slots)
+    return Snapshot([[set(row) for row in layer] for layer in slots], numbers("keys", 0), numbers("values", 1), slots)

@@ -29,17 +29,7 @@ class EagerRunner(Runner):
         return self._prefill([token])
 
     def snapshot(self) -> Snapshot:
-        layers = []
-        for number in sorted(self.reference.layers):
-            layer = self.reference.layers[number]
-            heads, held = layer.positions.shape
-            layers.append(
-                {
-                    "positions": layer.positions.numpy(),
-                    "pending": np.full(heads, held),
-                    "keys": layer.keys.numpy(),
-                    "values": layer.values.numpy(),
-                }
-            )
-        held = layers[0]["positions"].shape[1]
-        return make_snapshot(layers, held, held)
+        held = [self.reference.layers[number] for number in sorted(self.reference.layers)]
+        positions = np.concatenate([layer.positions.numpy() for layer in held])
+        layers = [{"keys": layer.keys.numpy(), "values": layer.values.numpy()} for layer in held]
+        return make_snapshot(positions, layers, positions.shape[1])

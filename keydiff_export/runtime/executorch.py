@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .base import SNAPSHOT, Logits, Runner, Snapshot, make_snapshot, padded
+from .base import LAYERED, Logits, Runner, Snapshot, make_snapshot, padded
 
 
 @contextmanager
@@ -95,11 +95,10 @@ class ExecuTorchRunner(Runner):
     def snapshot(self) -> Snapshot:
         if "snapshot" not in self._methods:
             self._methods["snapshot"] = self._program.load_method("snapshot")
-        outputs = [tensor.numpy() for tensor in self._methods["snapshot"].call(())]
-        names = SNAPSHOT if outputs[2].dtype == np.int8 else SNAPSHOT[:-1]
-        layers = []
-        for first in range(0, len(outputs), len(names)):
-            layer = dict(zip(names, outputs[first : first + len(names)], strict=True))
-            layers.append({name: array[:, :, 0] if array.ndim == 4 else array for name, array in layer.items()})
-            layers[-1]["positions"] = layers[-1]["positions"][:, :, 0]
-        return make_snapshot(layers, self.seen, self.budget, self.staged)
+        positions, *parts = (tensor.numpy()[:, :, 0] for tensor in self._methods["snapshot"].call(()))
+        names = LAYERED if parts[0].dtype == np.int8 else LAYERED[:-1]
+        layers = [
+            dict(zip(names, parts[first : first + len(names)], strict=True))
+            for first in range(0, len(parts), len(names))
+        ]
+        return make_snapshot(positions[:, :, 0], layers, self.held)

@@ -63,9 +63,9 @@ class NpuRunner(Runner):
         layers: list[dict[str, Any]] = []
         for first in range(0, len(self.state), self.state_size):
             # Names beyond the state that the policy keeps simply find nothing.
-            layer = dict(zip(STATE, map(np.array, self.state[first : first + self.state_size]), strict=False))
-            layers.append({**layer, "pending": np.full(len(layer["positions"]), -1)})
-        return make_snapshot(layers, self.held, self.budget)
+            layers.append(dict(zip(STATE, map(np.array, self.state[first : first + self.state_size]), strict=False)))
+        positions = np.concatenate([layer["positions"] for layer in layers])
+        return make_snapshot(positions, layers, self.held)
 
 
 class TorchEngine:

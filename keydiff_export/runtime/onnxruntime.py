@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .base import SNAPSHOT, Logits, Runner, Snapshot, make_snapshot, padded
+from .base import LAYERED, Logits, Runner, Snapshot, make_snapshot, padded
 
 NEXT, APPENDED = "_next", "_appended"
 DTYPES = {
@@ -126,8 +126,7 @@ class OnnxRuntimeRunner(Runner):
 
     def snapshot(self) -> Snapshot:
         layers: list[dict[str, np.ndarray]] = []
-        while f"positions_{len(layers)}" in self._state:
-            number = len(layers)
-            tensors = {name: self._state.get(f"{name}_{number}") for name in SNAPSHOT}
+        while f"keys_{len(layers)}" in self._state:
+            tensors = {name: self._state.get(f"{name}_{len(layers)}") for name in LAYERED}
             layers.append({name: t.numpy().copy() for name, t in tensors.items() if t is not None})
-        return make_snapshot(layers, self.seen, self.budget, self.staged)
+        return make_snapshot(self._state["positions"].numpy().copy(), layers, self.held)
