@@ -10,7 +10,7 @@ from .errors import UserError
 from .manifest import OutputFolder
 from .npu_inspection import inspect_npu
 
-STATE_NAMES = ("keys", "values", "positions", "pending", "state", "total")
+STATE_NAMES = ("keys", "values", "scales", "positions", "state", "total")
 
 
 def inspect_folder(folder: OutputFolder) -> dict[str, Any]:

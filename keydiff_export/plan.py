@@ -6,7 +6,7 @@ Memory of one artifact is the sum of
   method (prefill, decode) packs them again. ExecuTorch lets go of the matrices in its mapped file then and keeps the
   embedding there once; ONNX Runtime keeps everything a session, and the mapped embedding once more where it is no head
   (`scripts/plan_check.py` measures both). The files themselves are `file_bytes`;
-- the state: keys, values, positions, the pending slot and what KeyDiff keeps (`all_state_bytes`);
+- the state: keys, values, positions and what KeyDiff keeps (`all_state_bytes`);
 - the activations that ExecuTorch plans for prefill (`activation_bytes`);
 - what a runtime takes beside (`RUNTIME_BYTES`): its code, XNNPACK's workspace, ONNX Runtime's arena, which no file
   tells of. Measured on the demo model alone, so a guess for others.
@@ -118,9 +118,9 @@ def cache_bytes(model: ModelSizes, slots: int, dtype: str = "float32") -> int:
 
 
 def all_state_bytes(model: ModelSizes, slots: int, dtype: str = "float32") -> int:
-    """The whole state of the graphs: cache, positions, pending slots, KeyDiff's number a slot and sum a head."""
+    """The whole state of the graphs: cache, positions, KeyDiff's number a slot and sum a head."""
     heads = model.kv_heads
-    layer = INT64 * heads * (slots + 1) + state_bytes(KEYDIFF, heads, slots, model.head_dim)
+    layer = FLOAT * heads * slots + state_bytes(KEYDIFF, heads, slots, model.head_dim)
     return cache_bytes(model, slots, dtype) + model.layers * layer
 
 

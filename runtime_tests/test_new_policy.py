@@ -31,6 +31,6 @@ def test_the_page_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     folder = open_folder(tmp_path / "out")
     assert folder.manifest["policy"]["name"] == "far-and-long"
     method = inspect_folder(folder)["artifacts"][0]["methods"]["prefill"]
-    cache = {"keys", "values", "positions", "pending"}
+    cache = {"keys", "values", "positions"}
     assert {name.rsplit("_", 1)[0] for name in method["state"]} == cache | {"state", "total"}
     assert page.Stride(step=2).name in keydiff_export.policies.policy_names()

@@ -82,10 +82,10 @@ class SegmentPartitioner(XnnpackPartitioner):
 
 
 def _postpone(graph: Graph, group_of: dict[Node, int], group_level: dict[int, int]) -> None:
-    """Moves every node that only delegates read into the first of those delegates.
+    """Moves every node that needs nothing of a delegate, and that only delegates read, into the first of those.
 
-    Else a transposed view of a cache, which needs nothing before it, would be computed by the first delegate and handed
-    on as a copy.
+    Else a transposed view of a cache would be computed by the first delegate of all and handed on as a copy. What needs
+    a delegate's result stays with it: moved, it could drag along something large that is then handed on in its place.
     """
     members: dict[int, list[Node]] = defaultdict(list)
     for node, number in group_of.items():
@@ -94,8 +94,10 @@ def _postpone(graph: Graph, group_of: dict[Node, int], group_level: dict[int, in
         number = group_of.get(node)
         if number is None or node is not members[number][-1]:
             continue
-        readers = {user for member in members[number] for user in member.users} - set(members[number])
-        if readers and all(user in group_of for user in readers):
+        own = set(members[number])
+        sources = {source for member in own for source in member.all_input_nodes} - own
+        readers = {user for member in own for user in member.users} - own
+        if readers and all(user in group_of for user in readers) and not any(source in group_of for source in sources):
             group_level[number] = min(group_level[group_of[user]] for user in readers)
 
 
