@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .complexity import FLOAT, INT64, KEYDIFF, Step, added_flops, attention_flops, state_bytes
+from .complexity import FLOAT, KEYDIFF, Step, added_flops, attention_flops, state_bytes
 from .devices import Device
 from .errors import UserError
 from .shape import CACHE_DTYPES, CacheShape

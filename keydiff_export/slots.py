@@ -86,7 +86,7 @@ class Attended:
 
     Attributes:
         output: [H, R, T, d].
-        dots: [H, S] dot products of the keys with the probe, times the scaling of logits, or None without one.
+        dots: [H, S] dot products of the keys with the probe, of a single token times the scaling of its logits.
         attention: [H, S] probabilities summed over the observed queries, averaged over R, or None without any.
     """
 
@@ -105,7 +105,7 @@ class _Gathered:
         states: the policy's numbers of the new tokens, [H, T].
         entering: what the new tokens add to the sum of keys, [H, d] float32.
         dots, attention: of `Attended`.
-        scaling: factor on the attention logits, and so on dots.
+        scaling: factor on dots.
         output: the last layer's attention.
     """
 
@@ -120,7 +120,7 @@ class _Gathered:
 
 
 class SlotCache:
-    """One step of a slot cache: the attention hook calls `attend` once a layer, whoever steps calls `finish` at the end.
+    """One step of a slot cache: the attention hook calls `attend` once a layer, then `finish` is called once.
 
     Args:
         shape: static sizes.
@@ -200,14 +200,19 @@ class SlotCache:
             self.gathered.rows.append(packed)
         else:
             self._write(layer, self.place, packed)
-        new = (key, self._unpacked(packed["values"], packed.get("scales"), 1)) if self.count is None else None
         probe = self._probe(layer, key) if self.policy.evicts else None
-        found = self._attend(layer, query.reshape(heads, -1, length, width), new, scaling, probe)
+        grouped = query.reshape(heads, -1, length, width)
+        if self.count is None:
+            value = self._unpacked(packed["values"], packed.get("scales"), 1)
+            found = self._attend_token(layer, grouped, key, value, scaling, probe)
+            self.gathered.scaling = scaling
+        else:
+            found = self._attend_block(layer, grouped, scaling, probe)
         for kept, tensor in ((self.gathered.dots, found.dots), (self.gathered.attention, found.attention)):
             if tensor is not None:
                 kept.append(tensor)
         self.gathered.keys.append(key)
-        self.gathered.output, self.gathered.scaling = found.output, scaling
+        self.gathered.output = found.output
         return found.output.reshape(-1, length, width)
 
     def _probe(self, layer: int, key: Tensor) -> Tensor | None:
@@ -264,73 +269,64 @@ class SlotCache:
         numbers = self.ops.numbers(packed)
         return numbers if scales is None else numbers * scales[..., column : column + 1]
 
-    def _attend(
-        self,
-        layer: int,
-        query: Tensor,
-        new: tuple[Tensor, Tensor] | None,
-        scaling: float,
-        probe: Tensor | None,
-    ) -> Attended:
-        """Attention of query [H, R, T, d]: of a block's token i over slots 0 .. held + i, of a single token over the
-
-        slots that hold one and over its own `new` key and value [H, 1, d].
-        """
+    def _attend_block(self, layer: int, query: Tensor, scaling: float, probe: Tensor | None) -> Attended:
+        """Attention of query [H, R, T, d], token i over slots 0 .. held + i."""
         heads, groups, length, width = query.shape
-        rows = groups * length
-        flat = query.reshape(heads, rows, width)
-        if probe is not None:
-            # One more query: the pass over the keys that attention makes anyway gives their products with it as well.
-            # It goes all the way through, because leaving it out of softmax would copy all the others.
-            flat = torch.cat([flat, probe.unsqueeze(1)], dim=1)
         keys, values = (self.ops.numbers(self.ops.view(part[layer])) for part in (self.slots.keys, self.slots.values))
-        key_scale = value_scale = None
         if self.slots.scales:
+            # A block has more queries than a row has numbers, so here it is the cheaper side to scale.
             key_scale, value_scale = self.ops.view(self.slots.scales[layer]).split(1, dim=-1)
-            if new is None:
-                # A block has more queries than a row has numbers, so here it is the cheaper side to scale.
-                keys, values = keys * key_scale, values * value_scale
-                key_scale = value_scale = None
-        logits = self.ops.product(flat, keys, transpose=True, scaling=scaling)
-        if key_scale is not None:
-            logits = logits * key_scale.transpose(1, 2)
-        if new is not None:
-            logits = torch.cat([logits, self.ops.product(flat, new[0], transpose=True, scaling=scaling)], -1)
-        weights = (logits + self._mask(groups, probe is not None)).softmax(-1)
-        attention = None
-        if self.observed is not None:
-            share = (self.observed / groups).repeat(groups)
-            if probe is not None:
-                share = torch.cat([share, torch.zeros(1)])
-            attention = self.ops.product(share.expand(heads, 1, -1), weights).squeeze(1)
-        beside = None
-        if new is not None:
-            last = self.shape.slots
-            beside = weights[..., last:] * new[1]
-            weights = weights[..., :last]
-        if value_scale is not None:
-            weights = weights * value_scale.transpose(1, 2)
-        output = self.ops.product(weights, values)
-        if beside is not None:
-            output = output + beside
+            keys, values = keys * key_scale, values * value_scale
         dots = None
         if probe is not None:
-            output, dots = output[:, :rows], logits[:, rows : rows + 1].reshape(heads, -1)
-        return Attended(output.reshape(heads, groups, length, width), dots, attention)
+            # The keys on the left: a kernel packs the right side anew at every call.
+            dots = self.ops.product(keys, probe.unsqueeze(1), transpose=True).reshape(heads, -1)
+        logits = self.ops.product(query.reshape(heads, -1, width), keys, transpose=True, scaling=scaling)
+        weights = (logits + self._mask(groups)).softmax(-1)
+        output = self.ops.product(weights, values).reshape(heads, groups, length, width)
+        return Attended(output, dots, self._attention(weights, groups))
 
-    def _mask(self, groups: int, probe: bool) -> Tensor:
-        """Addend that hides later tokens and empty slots from a query, the same for all layers: [1, S] for a single
+    def _attend_token(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, probe: Tensor | None
+    ) -> Attended:
+        """Attention of query [H, R, 1, d] over the slots that hold a token and over its own key and value [H, 1, d],
 
-        token, else [R * T, S], with a row of zeros behind it for the probe.
+        which count as one slot more, behind the others.
         """
-        if self.count is None:
-            return self.empty.unsqueeze(0)
+        heads, groups, _, width = query.shape
+        flat, slots = query.reshape(heads, groups, width), self.shape.slots
+        if probe is not None:
+            # One more query: the pass over the keys that attention makes anyway gives their products with it as well.
+            flat = torch.cat([flat, probe.unsqueeze(1)], dim=1)
+        keys, values = (self.ops.numbers(self.ops.view(part[layer])) for part in (self.slots.keys, self.slots.values))
+        logits = self.ops.product(flat, keys, transpose=True, scaling=scaling)
+        value_scale = None
+        if self.slots.scales:
+            key_scale, value_scale = (t.transpose(1, 2) for t in self.ops.view(self.slots.scales[layer]).split(1, -1))
+            logits = logits * key_scale
+        logits = torch.cat([logits, self.ops.product(flat, key, transpose=True, scaling=scaling)], -1)
+        weights = (logits + self.empty).softmax(-1)
+        # Slices, not a split, which a delegate lacks.
+        held, own = weights[..., :slots], weights[..., slots:]
+        output = self.ops.product(held if value_scale is None else held * value_scale, values) + own * value
+        dots = None
+        if probe is not None:
+            output, dots = output[:, :groups], logits[:, groups:].reshape(heads, -1)
+            weights = weights[:, :groups] if self.observed is not None else weights
+        return Attended(output.reshape(heads, groups, 1, width), dots, self._attention(weights, groups))
+
+    def _attention(self, weights: Tensor, groups: int) -> Tensor | None:
+        """[H, S] of probabilities weights [H, R * T, S]: the observed queries' sum, averaged over R."""
+        if self.observed is None:
+            return None
+        share = (self.observed / groups).repeat(groups)
+        return self.ops.product(share.expand(len(weights), 1, -1), weights).squeeze(1)
+
+    def _mask(self, groups: int) -> Tensor:
+        """[R * T, S] addend that hides later tokens and empty slots from a block's query, the same for all layers."""
         if self.mask is None:
-            sight = self.sight.repeat(groups)
-            if probe:
-                sight = torch.cat([sight, self.slot[-1:]])
             # Arithmetic in place of a comparison, which a delegate lacks: 0 for a slot in sight, else NEVER.
-            self.mask = (sight.unsqueeze(1) - self.slot).clamp(-1.0, 0.0) * -NEVER
+            self.mask = (self.sight.repeat(groups).unsqueeze(1) - self.slot).clamp(-1.0, 0.0) * -NEVER
         return self.mask
 
     def _sum(self, keys: Tensor, state: Tensor | None, weights: Tensor | None) -> Tensor:

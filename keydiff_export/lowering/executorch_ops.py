@@ -59,7 +59,7 @@ class _LayerAddress(Address):
         self._layers, self._layer = layers, layer
 
     @property
-    def index(self) -> Tensor:  # type: ignore[override]
+    def index(self) -> Tensor:
         return self._layers.parts[self._layer]
 
     def flat(self, slots: int) -> Tensor:

@@ -91,9 +91,9 @@ def _postpone(graph: Graph, group_of: dict[Node, int], group_level: dict[int, in
     for node, number in group_of.items():
         members[number].append(node)
     for node in reversed(graph.nodes):
-        number = group_of.get(node)
-        if number is None or node is not members[number][-1]:
+        if node not in group_of or node is not members[group_of[node]][-1]:
             continue
+        number = group_of[node]
         own = set(members[number])
         sources = {source for member in own for source in member.all_input_nodes} - own
         readers = {user for member in own for user in member.users} - own

@@ -25,7 +25,7 @@ class SlotView:
         positions: [H, S] int64, true position of each slot's token.
         valid: [S] float, 1 where the slot holds a token, else 0 (the same for all heads).
         newest: [1] int64, position of the newest token.
-        head: [H] int64, number of each row's KV head in its layer. A graph scores all layers in one call, so there may be
+        head: [H] int64, number of each row's KV head in its layer. A graph scores all layers in one call: there may be
             more rows than a layer has heads.
         state: [H, S] float or None, the number a slot that `Policy.slot_state` and `Policy.update_state` keep.
         total: [H, d] float or None, what `Policy.key_sum` asked for.
@@ -125,7 +125,10 @@ class Policy(ABC):
         return None
 
     def probe(self, view: SlotView) -> Tensor | None:
-        """A vector [H, d] whose dot product with every key `score` needs, or None. State and attention are not known yet."""
+        """A vector [H, d] whose dot product with every key `score` needs, or None.
+
+        Asked layer by layer, and before attention: neither state nor attention are known yet.
+        """
         return None
 
     def observed_queries(self) -> int:
