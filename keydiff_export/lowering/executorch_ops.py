@@ -47,8 +47,8 @@ class _Layers:
         """[H * T] a layer, rows of its slots flattened over heads."""
         if not self._flat:
             head = torch.arange(self.heads).repeat(self.index.shape[0] // self.heads).unsqueeze(1)
-            rows = (self.index + head * slots).reshape(-1)
-            self._flat = list(rows.split(self.heads * self.index.shape[1]))
+            rows = self.index + head * slots
+            self._flat = [part.reshape(-1) for part in rows.split(self.heads)]
         return self._flat
 
 
