@@ -7,7 +7,7 @@ Memory of one artifact is the sum of
   embedding there once; ONNX Runtime keeps everything a session, and the mapped embedding once more where it is no head
   (`scripts/plan_check.py` measures both). The files themselves are `file_bytes`;
 - the state: keys, values, positions and what KeyDiff keeps (`all_state_bytes`);
-- the activations that ExecuTorch plans for prefill (`activation_bytes`);
+- the activations of prefill (`activation_bytes`), most of which ExecuTorch plans ahead (`arena_bytes`);
 - what a runtime takes beside (`RUNTIME_BYTES`): its code, XNNPACK's workspace, ONNX Runtime's arena, which no file
   tells of. Measured on the demo model alone, so a guess for others.
 
@@ -124,27 +124,31 @@ def all_state_bytes(model: ModelSizes, slots: int, dtype: str = "float32") -> in
     return cache_bytes(model, slots, dtype) + model.layers * layer
 
 
-def activation_bytes(model: ModelSizes, slots: int, block: int) -> int:
-    """Activations alive at the peak of prefill: attention of one layer, where all layers share the same memory.
+def arena_bytes(model: ModelSizes, slots: int, block: int) -> int:
+    """What a .pte plans for prefill beside its state: tensors that cross the border of a delegate, in float32 unless said.
 
-        logits, which become probabilities   H (R B + 1) S     the anchor is the one more row
-        mask                                 (R B + 1) S
-        their product with the values        H (R B + 1) d
-        queries, output, residual, its norm  2 Hq B d + 2 B D
-        cosines and sines of RoPE            4 B d             used by every layer
-        scores and order of leaving          11 H S
-        from the fourth layer on, each       H (B d + S)       rows and scores that the plan keeps to the step's end
+        mask                                  R B S
+        queries and output, residual stream   2 Hq B d + 2 B D
+        order of leaving, of all layers       6 L H S          float64
+        plan of moves, of all layers          16 L H B         int64
+        keys that leave, of all layers        L H B d
 
-    in float32, or the row of vocabulary logits where that is more. ExecuTorch places tensors greedily, so the arena of
-    a program is up to a tenth away from this; state and activations together are within 5 %.
+    or the row of vocabulary logits where that is more. ExecuTorch places tensors greedily, so the arena of a program is
+    up to a tenth away from this; state and arena together are within 5 %.
     """
-    heads, width = model.kv_heads, model.head_dim
-    rows = model.query_heads // heads * block + 1
-    attention = (heads + 1) * rows * slots + heads * rows * width + 11 * heads * slots
-    # Seen in exports of 2, 3 and 30 layers; fewer find room beside what the peak leaves free.
-    kept = max(model.layers - 3, 0) * heads * (block * width + slots)
-    stream = 2 * block * (model.query_heads * width + model.hidden + 2 * width)
-    return FLOAT * max(attention + stream + kept, model.vocabulary + model.hidden)
+    rows = model.layers * model.kv_heads
+    mask = model.query_heads // model.kv_heads * block * slots
+    stream = 2 * block * (model.query_heads * model.head_dim + model.hidden)
+    eviction = 2 * rows * (6 * slots + 16 * block) + rows * block * model.head_dim
+    return FLOAT * max(mask + stream + eviction, model.vocabulary + model.hidden)
+
+
+def activation_bytes(model: ModelSizes, slots: int, block: int) -> int:
+    """Activations alive at the peak of prefill: the arena, and inside XNNPACK logits and probabilities of one layer's
+
+    attention, 2 Hq B S in float32, which all layers share.
+    """
+    return arena_bytes(model, slots, block) + FLOAT * 2 * model.query_heads * block * slots
 
 
 def _step(model: ModelSizes, slots: int, length: int) -> Step:

@@ -16,7 +16,7 @@ from keydiff_export import load
 from keydiff_export.inspection import inspect_folder
 from keydiff_export.plan import (
     Request,
-    activation_bytes,
+    arena_bytes,
     all_state_bytes,
     cache_bytes,
     file_bytes,
@@ -51,9 +51,9 @@ def check(path: Path) -> None:
     folder = load(path)
     shape = folder.shape
     model = model_sizes(json.loads((path / "config.json").read_text(encoding="utf-8")), str(path))
-    state, activations = (
+    state, arena = (
         all_state_bytes(model, shape.slots, shape.dtype),
-        activation_bytes(model, shape.slots, shape.block),
+        arena_bytes(model, shape.slots, shape.block),
     )
     for artifact, inspected in zip(folder.artifacts, inspect_folder(folder)["artifacts"], strict=True):
         target, quant = artifact["target"], artifact["quant"]
@@ -67,7 +67,7 @@ def check(path: Path) -> None:
         rows = [
             ("files", file_bytes(model, storage), inspected["bytes"]),
             ("cache", cache_bytes(model, shape.slots, shape.dtype), inspected["cache_bytes"]),
-            ("state and activations", state + activations, inspected["methods"]["prefill"]["planned_memory_bytes"]),
+            ("state and arena", state + arena, inspected["methods"]["prefill"]["planned_memory_bytes"]),
             ("resident", memory_bytes(model, request, shape.slots), gained),
         ]
         for name, planned, actual in rows:
