@@ -21,7 +21,8 @@ from keydiff_export.commands.validate import validate_folder
 from keydiff_export.errors import UserError
 from keydiff_export.inspection import inspect_folder
 from keydiff_export.isolated import run_isolated
-from keydiff_export.lowering.qnn import QnnJob, refuse_breaks
+from keydiff_export.lowering.base import Phases
+from keydiff_export.lowering.qnn import QnnJob, _progress, refuse_breaks
 from keydiff_export.manifest import OutputFolder
 from keydiff_export.models import LoadedModel
 from keydiff_export.policies import SlotView
@@ -119,7 +120,9 @@ def test_one_delegate_a_method(npu_fp16: dict[str, OutputFolder], target: str) -
         assert sum(methods[method]["delegates"].values()) == 1
         assert methods[method]["kernels_outside_delegates"] == {}
         assert methods[f"{method}_inputs"]["delegates"] == {}
+        assert "why_outside" not in methods[method]
         assert methods[f"{method}_inputs"]["kernels_outside_delegates"]
+        assert methods[f"{method}_inputs"]["why_outside"].startswith("by design")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -192,14 +195,59 @@ def test_the_one_delegate_rule() -> None:
         refuse_breaks("t", 2, {"a.b": "why"})
 
 
+class Bar:
+    """A progress bar that remembers."""
+
+    made: ClassVar[list[Bar]] = []
+
+    def __init__(self, total: int, **options: Any) -> None:
+        self.total, self.read, self.closed = total, 0, False
+        self.made.append(self)
+
+    def update(self, tokens: int) -> None:
+        self.read += tokens
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_calibration_bar_is_there_only_while_tokens_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keydiff_export.lowering.qnn.tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", [])
+    reported = []
+
+    def report(phase: str, seconds: float) -> None:
+        assert all(bar.closed for bar in Bar.made), "a phase is printed into the bar's line"
+        reported.append(phase)
+
+    with _progress("t", 5, Phases(report)) as listen:
+        listen(("phase", "trace", 1.0))
+        assert Bar.made == []
+        listen(("tokens", 4))
+        listen(("tokens", 1))
+        listen(("phase", "calibrate", 1.0))
+    assert reported == ["trace", "calibrate"]
+    assert [(bar.read, bar.total) for bar in Bar.made] == [(5, 5)]
+
+
 @pytest.mark.parametrize(("target", "quant", "least"), [("executorch-qnn", "16a8w", 20), ("onnx-qnn", "16a8w", 20)])
 def test_quantised_graphs_stay_near_float32(
-    tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, text: Path, target: str, quant: str, least: float
+    tiny: LoadedModel,
+    tiny_folder: Path,
+    tmp_path: Path,
+    text: Path,
+    target: str,
+    quant: str,
+    least: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("keydiff_export.lowering.qnn.tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", [])
     folder = export_npu(tiny_folder, tmp_path / "out", target, quant, calibration=str(text), sqnr_floor=least)
     report = validate_folder(folder, tiny)["artifacts"][0]
     assert report["passed"], report["gates"]
     assert report["kept_slots"]["mean_jaccard"] > 0.97
+    assert [bar.read for bar in Bar.made] == [bar.total for bar in Bar.made] != []
     ranges = json.loads((folder.path / target / "calibration.json").read_text())["ranges"]
     assert set(ranges) == {"prefill", "decode"}
     assert all(low <= high for method in ranges.values() for low, high in method.values())
