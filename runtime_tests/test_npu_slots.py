@@ -13,10 +13,11 @@ from keydiff_export.calibration import calibrate, calibration_runs, enough, read
 from keydiff_export.errors import UserError
 from keydiff_export.models import LoadedModel, load_model
 from keydiff_export.npu_slots import FusedNorm, HostStep, NpuStep, check_policy, fuse_norms
-from keydiff_export.parity import FLOAT_TIE
+from keydiff_export.parity import FLOAT_TIE, run_reference
 from keydiff_export.policies import Policy, SlotView, make_policy
 from keydiff_export.policies.sink import Sink
 from keydiff_export.reference import Reference
+from keydiff_export.runtime.base import Snapshot
 from keydiff_export.runtime.npu import NpuRunner, TorchEngine
 
 BUDGET, BLOCK = 16, 8
@@ -72,6 +73,26 @@ def test_the_npu_graph_equals_the_reference(
     tiny: LoadedModel, policy: str, parameters: dict[str, object], case: str
 ) -> None:
     follows(tiny, policy, LENGTHS[case], **parameters)
+
+
+def test_an_artifact_that_holds_none_of_our_tokens_is_reported(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("keydiff")
+    runner = npu_runner(tiny, policy)
+    look = runner.snapshot
+
+    def elsewhere() -> Snapshot:
+        found = look()
+        slots = [[{p + 1000: slot for p, slot in head.items()} for head in layer] for layer in found.slots]
+        return Snapshot([[set(head) for head in layer] for layer in slots], found.keys, found.values, slots)
+
+    monkeypatch.setattr(runner, "snapshot", elsewhere)
+    reference = Reference(tiny.model, policy, BUDGET, BLOCK)
+    _, _, kept = run_reference(reference, random_tokens(32, 260), 0, runner, lambda tokens: None)
+    report = kept.to_dict()
+    assert (report["mean_jaccard"], report["sets_equal"]) == (0, 0)
+    assert {d["score_gap"] for d in report["disagreements"]} == {1e30}
 
 
 def test_without_eviction_a_token_stays_where_its_position_is(tiny: LoadedModel) -> None:
