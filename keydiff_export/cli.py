@@ -360,7 +360,9 @@ def inspection_table(report: dict[str, Any]) -> str:
             delegates = ", ".join(f"{n} x {count}" for n, count in method["delegates"].items()) or "none"
             lines.append(f"  {name}: inputs {method['inputs']}, delegates {delegates}{memory}")
             kernels = ", ".join(f"{n} {count}" for n, count in method["kernels_outside_delegates"].items())
-            lines.append(f"    kernels outside delegates: {kernels}")
+            lines.append(f"    kernels outside delegates: {kernels or 'none'}")
+            if "why_outside" in method:
+                lines.append(f"    because: {method['why_outside']}")
     return "\n".join(lines)
 
 

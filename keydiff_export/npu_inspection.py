@@ -9,6 +9,11 @@ from typing import Any
 from .isolated import run_isolated
 from .qnn_sdk import Soc, find_sdk, soc
 
+# Why operators are outside a delegate: those of the CPU's share by design, any other because a backend refused them,
+# which an export does not let pass.
+_BY_DESIGN = "by design: angles, positions and masks need more than an NPU's 16 bits, the embedding is a table look-up"
+_NOT_TAKEN = "the NPU's backend does not take them"
+
 
 def inspect_npu(place: Path, artifact: dict[str, Any], programs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Completes what the program files say with what only the manifest or the provider knows.
@@ -19,8 +24,8 @@ def inspect_npu(place: Path, artifact: dict[str, Any], programs: dict[str, dict[
         programs: facts of every method, as the readers of CPU artifacts find them.
 
     Returns:
-        The same facts with `state` and `slots` of the methods whose caches are inputs, and for ONNX with `delegates`,
-        as ONNX Runtime assigns its nodes.
+        The same facts with `state` and `slots` of the methods whose caches are inputs, for ONNX with `delegates`, as
+        ONNX Runtime assigns its nodes, and with `why_outside` where operators are left on the CPU.
 
     Raises:
         UserError: an ONNX artifact and no QNN libraries.
@@ -39,6 +44,8 @@ def inspect_npu(place: Path, artifact: dict[str, Any], programs: dict[str, dict[
             environment = find_sdk().environment()
             found = run_isolated(_assignment, place / f"{name}.onnx", soc(artifact["soc"]), environment=environment)
             facts["delegates"], facts["kernels_outside_delegates"] = found
+        if facts["kernels_outside_delegates"]:
+            facts["why_outside"] = _BY_DESIGN if name.endswith("_inputs") else _NOT_TAKEN
     return programs
 
 

@@ -197,14 +197,17 @@ class NpuSlotCache:
         """The N best of N + T rows, by one flat index over all heads: a batched index does not delegate."""
         heads, slots, width = joined.keys.shape
         budget = self.shape.budget
-        best = self._keep(joined).topk(budget, dim=-1).indices.to(torch.int32)
+        # A head at a time: of a matrix with long rows (640; 256 were right) in 16-bit integers, the HTP emulator orders
+        # the first row only, and every index of the others is 0. A view in four dimensions does not help.
+        rows = self._keep(joined).split(1)
+        best = torch.cat([row.topk(budget, dim=-1).indices.to(torch.int32) for row in rows])
         # A constant, not arange(heads) * slots: QNN's validation of an int32 product fails every few runs.
         offset = torch.tensor([[head * slots] for head in range(heads)], dtype=torch.int32)
-        rows = (best + offset).reshape(-1)
+        flat = (best + offset).reshape(-1)
         taken = [
-            part.reshape(heads * slots, width).index_select(0, rows).view(heads, budget, width)
+            part.reshape(heads * slots, width).index_select(0, flat).view(heads, budget, width)
             if part.dim() == 3
-            else part.reshape(-1).index_select(0, rows).view(heads, budget)
+            else part.reshape(-1).index_select(0, flat).view(heads, budget)
             for part in _parts(joined)
         ]
         return NpuLayer(*taken)

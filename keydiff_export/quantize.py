@@ -32,10 +32,11 @@ from torchao.quantization import (  # noqa: E402
 GROUP = 32
 # NPUs round activations too, with scales from a calibration text; the target's own tools do it (`lowering/qnn.py`).
 NPU_QUANTS = ("fp16", "16a8w", "16a4w")
-# Measured on the emulator: kept sets differ in every third step, and the emulator leaves its own QDQ model.
+# Measured by scripts/score_bits.py; docs/qnn.md has the figures.
 REFUSED_QUANTS = {
-    "8a8w": "8-bit activations lose the kept set: a step of 8 bits over the scores' range is 0.016, and the scores on "
-    "either side of the cut lie about 0.001 apart; choose 16a8w"
+    "8a8w": "8-bit activations lose the kept set: a step of 8 bits over the scores' range is 0.016, the scores on "
+    "either side of the cut lie about 0.001 apart, and 16 bits for the scores alone do not help, because the keys come "
+    "from 8-bit activations; choose 16a8w"
 }
 QUANTS = ("none", "8da4w", "int4", "int8", *NPU_QUANTS)
 Activation = Literal["float", "int8_per_token", "int8_per_group"]

@@ -12,11 +12,13 @@ from conftest import build_model, random_tokens
 from keydiff_export.calibration import calibrate, calibration_runs, enough, read_texts
 from keydiff_export.errors import UserError
 from keydiff_export.models import LoadedModel, load_model
+from keydiff_export.npu_parity import npu_gates
 from keydiff_export.npu_slots import FusedNorm, HostStep, NpuStep, check_policy, fuse_norms
-from keydiff_export.parity import FLOAT_TIE
+from keydiff_export.parity import FLOAT_TIE, KeptSlots, run_reference
 from keydiff_export.policies import Policy, SlotView, make_policy
 from keydiff_export.policies.sink import Sink
 from keydiff_export.reference import Reference
+from keydiff_export.runtime.base import Snapshot
 from keydiff_export.runtime.npu import NpuRunner, TorchEngine
 
 BUDGET, BLOCK = 16, 8
@@ -72,6 +74,33 @@ def test_the_npu_graph_equals_the_reference(
     tiny: LoadedModel, policy: str, parameters: dict[str, object], case: str
 ) -> None:
     follows(tiny, policy, LENGTHS[case], **parameters)
+
+
+def test_an_artifact_that_holds_none_of_our_tokens_is_reported(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("keydiff")
+    runner = npu_runner(tiny, policy)
+    look = runner.snapshot
+
+    def elsewhere() -> Snapshot:
+        found = look()
+        slots = [[{p + 1000: slot for p, slot in head.items()} for head in layer] for layer in found.slots]
+        return Snapshot([[set(head) for head in layer] for layer in slots], found.keys, found.values, slots)
+
+    monkeypatch.setattr(runner, "snapshot", elsewhere)
+    reference = Reference(tiny.model, policy, BUDGET, BLOCK)
+    _, _, kept = run_reference(reference, random_tokens(32, 260), 0, runner, lambda tokens: None)
+    report = kept.to_dict()
+    assert (report["mean_jaccard"], report["sets_equal"]) == (0, 0)
+    assert {d["score_gap"] for d in report["disagreements"]} == {1e30}
+
+
+@pytest.mark.parametrize(("jaccard", "floor", "passed"), [(0.95, None, True), (0.5, None, False), (0.5, 0.4, True)])
+def test_kept_sets_have_a_floor_without_a_card(jaccard: float, floor: float | None, passed: bool) -> None:
+    against = {"token_agreement": 0.0, "sqnr_db": -2.5}
+    gates = npu_gates("16a8w", against, KeptSlots(compared=4, jaccard=4 * jaccard), {"jaccard_floor": floor})
+    assert [gate["passed"] for gate in gates] == [True, passed, True]
 
 
 def test_without_eviction_a_token_stays_where_its_position_is(tiny: LoadedModel) -> None:

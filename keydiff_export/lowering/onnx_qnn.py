@@ -44,6 +44,8 @@ class OnnxQnn(QnnTarget):
     name = "onnx-qnn"
     runtime = "onnx-qnn"
     quants = ("fp16", "16a8w")
+    # Once a method: ONNX Runtime calibrates one model at a time.
+    readings = len(METHODS)
     summary = "ONNX for ONNX Runtime's QNN provider, Qualcomm's NPU"
 
     def _function(self) -> Callable[[QnnJob], Lowered]:

@@ -27,7 +27,7 @@ from ..npu_slots import HostStep, NpuStep, StepInputs, check_policy, new_npu_lay
 from ..policies import Policy
 from ..qnn_sdk import Soc, find_sdk, soc
 from ..quantize import Activation
-from ..runtime.npu import METHODS, TorchEngine
+from ..runtime.npu import TorchEngine
 from ..shape import CacheShape
 from ..spec import ExportSpec
 from .base import Lowered, Phases, Target
@@ -61,9 +61,13 @@ class QnnJob:
 
 
 class QnnTarget(Target):
-    """A road to the Hexagon processor."""
+    """A road to the Hexagon processor.
 
-    lower_job: ClassVar[str]
+    Attributes:
+        readings: how often calibration reads its text.
+    """
+
+    readings: ClassVar[int] = 1
 
     def __init__(self) -> None:
         find_sdk()
@@ -94,7 +98,8 @@ class QnnTarget(Target):
         job = QnnJob(folder / _MODEL, quant, shape, policy, self._soc, self._compile, runs, folder)
         torch.save(model, job.model_file)
         try:
-            with _progress(self.name, runs, phases) as listener:
+            total = self.readings * sum(len(step) for run in runs for step in run)
+            with _progress(self.name, total, phases) as listener:
                 return run_isolated(self._function(), job, environment=find_sdk().environment(), listener=listener)
         except CrashError as error:
             raise UserError(f"lowering for {self.name} {error.cause}; the last it said: {_tail(error.log)}") from error
@@ -112,22 +117,35 @@ def _tail(log: str) -> str:
 
 
 @contextmanager
-def _progress(name: str, runs: list[list[list[int]]], phases: Phases) -> Iterator[Callable[[Any], None]]:
-    """A listener for the child's notes: ("phase", name, seconds) and ("tokens", count)."""
-    total = len(METHODS) * sum(len(step) for run in runs for step in run)
-    with tqdm(
-        desc=f"{name}: calibrate", total=total, unit=" tokens", disable=None if runs else True, file=sys.stderr
-    ) as bar:
+def _progress(name: str, total: int, phases: Phases) -> Iterator[Callable[[Any], None]]:
+    """A listener for the child's notes: ("phase", name, seconds) and ("tokens", count), a bar while those come."""
+    bar: tqdm[Any] | None = None
 
-        def listen(note: tuple[Any, ...]) -> None:
-            if note[0] == "tokens":
-                bar.update(note[1])
-                return
-            _, phase, seconds = note
-            phases.seconds[phase] = seconds
-            phases.report(phase, seconds)
+    def listen(note: tuple[Any, ...]) -> None:
+        nonlocal bar
+        if note[0] == "tokens":
+            # Not made earlier: a phase reported under a bar ends up in its line, and its clock would run.
+            if bar is None:
+                bar = tqdm(
+                    desc=f"{name}: calibrate", total=total, unit=" tokens", leave=False, disable=None, file=sys.stderr
+                )
+            bar.update(note[1])
+            return
+        _, phase, seconds = note
+        close()
+        phases.seconds[phase] = seconds
+        phases.report(phase, seconds)
 
+    def close() -> None:
+        nonlocal bar
+        if bar is not None:
+            bar.close()
+            bar = None
+
+    try:
         yield listen
+    finally:
+        close()
 
 
 def child_phases() -> Phases:
