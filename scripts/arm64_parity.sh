@@ -23,7 +23,7 @@ if [ ! -d "$root" ]; then
     mkdir -p "$fresh/apt/lists/partial" "$fresh/apt/cache/archives/partial" "$fresh/debs" "$fresh/qemu"
     touch "$fresh/apt/status"
     # A state of its own: the machine's packages are left alone. Signatures are checked with the machine's keys.
-    mirror="$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -v security | head -n 1)"
+    mirror="$(apt-get indextargets --format "\$(REPO_URI)" "Created-By: Packages" | grep -v security | head -n 1)"
     host="$(dpkg --print-architecture)"
     for suite in "$VERSION_CODENAME" "$qemu_release"; do echo "deb $mirror $suite main"; done | sort -u >"$fresh/apt/sources"
     cat >"$fresh/apt/conf" <<CONF
