@@ -113,7 +113,7 @@ def run_reference(
         ours.append(np.asarray(reference.step(block).numpy(), dtype=np.float32))
         if runner is not None:
             theirs.append(runner.step(block))
-            _compare_slots(step, reference, runner, kept)
+            compare_slots(step, reference, runner, kept)
         if step >= len(blocks) - 1:
             tokens.append(int(ours[-1].argmax()))
         tick(len(block))
@@ -123,7 +123,8 @@ def run_reference(
     return trace, other, kept
 
 
-def _compare_slots(step: int, reference: Reference, runner: Runner, kept: KeptSlots) -> None:
+def compare_slots(step: int, reference: Reference, runner: Runner, kept: KeptSlots) -> None:
+    """Adds one step's comparison to `kept`; where the artifact kept other tokens, the reference follows it."""
     snapshot = runner.snapshot()
     for layer, heads in enumerate(reference.held()):
         held = reference.layers[layer]
