@@ -64,6 +64,9 @@ class SegmentPartitioner(XnnpackPartitioner):
         for number, group in enumerate(self.get_matched_nodes_from_configs(ep)):
             if not any(_views_storage(node) for node in group):
                 group_of.update(dict.fromkeys(group, number))
+        for node in reversed(ep.graph.nodes):
+            if node in group_of and _views_for_others(node, group_of):
+                del group_of[node]
         level: dict[Node, int] = {}
         group_level: dict[int, int] = defaultdict(int)
         for node in ep.graph.nodes:
@@ -105,6 +108,11 @@ def _views_storage(node: Node) -> bool:
     """True for a view of a cache or of an input: free outside a delegate, a copy of the whole cache inside."""
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     return "view_copy" in str(node.target) and source is not None and not _computed(source)
+
+
+def _views_for_others(node: Node, group_of: dict[Node, int]) -> bool:
+    """True for a view between two operators outside delegates: free there, and in a delegate of its own a copy."""
+    return "view_copy" in str(node.target) and not any(n in group_of for n in (*node.all_input_nodes, *node.users))
 
 
 def _computed(node: Node) -> bool:
