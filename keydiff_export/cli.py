@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from .errors import UserError
 
 EXPORT_DEFAULT = "exported"
-RUNTIMES = ("executorch", "onnxruntime", "executorch-qnn", "onnx-qnn", "eager")
+RUNTIMES = ("executorch", "executorch-forward", "onnxruntime", "executorch-qnn", "onnx-qnn", "eager")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -125,7 +125,7 @@ def all_state_bytes(model: ModelSizes, slots: int, dtype: str = "float32") -> in
 
 
 def arena_bytes(model: ModelSizes, slots: int, block: int) -> int:
-    """What a .pte plans for prefill beside its state: tensors that cross the border of a delegate, in float32 unless said.
+    """What a .pte plans for prefill beside its state: tensors that cross a delegate's border, in float32 unless said.
 
         mask                                  R B S
         queries and output, residual stream   2 Hq B d + 2 B D

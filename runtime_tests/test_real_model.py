@@ -6,15 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from test_stock_runner import stock
 from transformers import AutoTokenizer
 
 import keydiff_export
-from keydiff_export.commands.run import open_runner
+from keydiff_export.commands.run import run_prompt
 from keydiff_export.inspection import inspect_folder
 from keydiff_export.manifest import OutputFolder
 from keydiff_export.text import long_text
@@ -68,29 +66,20 @@ def test_the_chat_template_in_pieces(folder: OutputFolder) -> None:
     }
 
 
-def test_the_stock_runner_says_what_forward_says(folder: OutputFolder, tmp_path: Path) -> None:
-    """ExecuTorch's own LLM runner, a prompt longer than the cache, with a tail, beside the same method stepped by us.
+def test_the_stock_runner_says_what_run_says(folder: OutputFolder, tmp_path: Path) -> None:
+    """ExecuTorch's own LLM runner, a prompt longer than the cache, with a tail; --runtime executorch-forward.
 
-    Not beside `run`: its `decode_one` adds attention up in another order, and with 8-bit activations a value on a
-    rounding edge can then change a word. test_stock_runner.py has float32, where the tokens are those of `run`.
+    The other methods add attention up in another order, and with 8-bit activations a value on a rounding edge can then
+    change a word. test_stock_runner.py has float32, where the tokens are those of every method.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
     prompt = tokenizer.decode(tokenizer(long_text())["input_ids"][:1003])
     ids = tokenizer(prompt)["input_ids"]
     assert len(ids) > 512 + 128
     assert len(ids) % 128
-    runner: Any = open_runner(folder, folder.artifact_for("executorch"))
-    forward = runner._program.load_method("forward")
-
-    def step(tokens: list[int], start: int) -> int:
-        return int(forward.call((torch.tensor([tokens]), torch.tensor([start])))[0].argmax())
-
-    for start in range(0, len(ids), 128):
-        said = [step(ids[start : start + 128], start)]
-    while len(said) < 24:
-        said.append(step(said[-1:], len(ids) + len(said) - 1))
+    result = run_prompt(folder, prompt, max_new_tokens=24, runtime="executorch-forward", raw=True)
     [pieces] = stock(folder.path, tmp_path, [prompt], 24)
-    assert "".join(pieces) == tokenizer.decode(said)
+    assert "".join(pieces) == tokenizer.decode(result.token_ids)
 
 
 def test_programs_hold_exactly_n_plus_b_slots(folder: OutputFolder) -> None:

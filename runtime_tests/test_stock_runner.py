@@ -14,7 +14,8 @@ from conftest import build_model, random_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import keydiff_export
-from keydiff_export.commands.run import open_runner
+from keydiff_export.commands.run import open_runner, run_prompt
+from keydiff_export.errors import UserError
 from keydiff_export.inspection import inspect_folder
 from keydiff_export.manifest import OutputFolder
 from keydiff_export.models import load_model
@@ -90,6 +91,18 @@ def test_every_tail_length_gives_the_tokens_of_run(exported: OutputFolder, tmp_p
         assert expected.prompt_tokens == len(prompt) > BUDGET + BLOCK
         assert pieces == list(expected.text)
         assert len(pieces) == len(expected.token_ids) == 6
+
+
+def test_run_can_step_as_the_stock_runner_does(exported: OutputFolder) -> None:
+    said = [run_prompt(exported, TEXT, runtime=r, raw=True) for r in ("executorch", "executorch-forward", "eager")]
+    assert said[0].token_ids == said[1].token_ids == said[2].token_ids
+
+
+def test_without_forward_it_says_so(model: Path, tmp_path: Path) -> None:
+    spec = ExportSpec(str(model), BUDGET, BLOCK, targets=("executorch-xnnpack",), stock_runner=False)
+    folder = keydiff_export.export(spec, tmp_path / "out", validate=False)
+    with pytest.raises(UserError, match=r"model\.pte has no method forward: export it with --stock-runner"):
+        run_prompt(folder, TEXT, runtime="executorch-forward", raw=True)
 
 
 def test_it_stops_at_the_end_token(exported: OutputFolder, tmp_path: Path) -> None:

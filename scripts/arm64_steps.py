@@ -38,21 +38,9 @@ beside_front_door(f"{OPERATORS}.custom_ops", EXECUTORCH)
 
 from executorch.extension.pybindings import portable_lib  # noqa: E402
 
-from keydiff_export.runtime.base import Logits, Runner  # noqa: E402
-from keydiff_export.runtime.executorch import ExecuTorchRunner  # noqa: E402
+from keydiff_export.runtime.base import Runner  # noqa: E402
+from keydiff_export.runtime.executorch import ExecuTorchRunner, ForwardRunner  # noqa: E402
 from keydiff_export.runtime.onnxruntime import OnnxRuntimeRunner  # noqa: E402
-
-
-class ForwardRunner(ExecuTorchRunner):
-    """Steps `forward` alone, as Android's runtime does."""
-
-    methods = ("forward",)
-
-    def _prefill(self, tokens: list[int]) -> Logits:
-        return self._run("forward", torch.tensor([tokens]), torch.tensor([self.seen]))
-
-    def _decode(self, token: int) -> Logits:
-        return self._prefill([token])
 
 
 def open_artifact(folder: Path, budget: int, block: int, engine: str) -> Runner:

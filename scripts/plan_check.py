@@ -16,8 +16,8 @@ from keydiff_export import load
 from keydiff_export.inspection import inspect_folder
 from keydiff_export.plan import (
     Request,
-    arena_bytes,
     all_state_bytes,
+    arena_bytes,
     cache_bytes,
     file_bytes,
     get_storage,

@@ -41,7 +41,9 @@ def open_runner(
 
 
 def open_runtime(folder: OutputFolder, runtime: str | None, threads: int | None = None) -> Runner:
-    """A runner by runtime name: the folder's first artifact without one; "eager" is the float32 reference.
+    """A runner by runtime name: the folder's first artifact without one; "eager" is the float32 reference, and
+
+    "executorch-forward" a .pte stepped through `forward` alone, as ExecuTorch's own runner does.
 
     Raises:
         UserError: the folder has no artifact for it, or the original model is gone or changed.
@@ -54,6 +56,11 @@ def open_runtime(folder: OutputFolder, runtime: str | None, threads: int | None 
         if loaded.weights_sha256 != folder.manifest["model"]["weights_sha256"]:
             raise UserError(f"{loaded.source!r} is not the model that {folder.path} was exported from (weights differ)")
         return EagerRunner(loaded.model, folder.policy, folder.shape)
+    if runtime == "executorch-forward":
+        from ..runtime.executorch import ForwardRunner
+
+        shape, place = folder.shape, folder.path / folder.artifact_for("executorch")["target"]
+        return ForwardRunner(place / "model.pte", shape.budget, shape.block, threads)
     artifact = folder.artifacts[0] if runtime is None else folder.artifact_for(runtime)
     # One prompt is read and answered, so the methods change once.
     return open_runner(folder, artifact, threads, resident=False)
@@ -98,7 +105,7 @@ def run_prompt(
         folder: an opened output folder.
         text: the prompt, put into the model's chat template unless `raw`.
         max_new_tokens: most tokens to generate, at least 1.
-        runtime: executorch, onnxruntime, eager, or None for the folder's first artifact.
+        runtime: executorch, executorch-forward, onnxruntime, eager, or None for the folder's first artifact.
         sampling: how tokens are drawn; greedy by default.
         allow_beyond_trained_context: accept positions past the model's trained context.
         threads: CPU threads, all cores by default.

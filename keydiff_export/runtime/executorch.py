@@ -72,10 +72,14 @@ class ExecuTorchRunner(Runner):
             with _quiet_native_log():
                 self._program = portable_lib._load_program(str(file), enable_etdump=profile is not None)
                 names = {self._program.get_method_name(i) for i in range(self._program.num_methods())}
+                missing = DECODE_BESIDE_FORWARD not in names and "forward" in self.methods
                 renamed = {"decode": DECODE_BESIDE_FORWARD} if DECODE_BESIDE_FORWARD in names else {}
-                self._methods = {name: self._program.load_method(renamed.get(name, name)) for name in self.methods}
+                wanted = () if missing else self.methods
+                self._methods = {name: self._program.load_method(renamed.get(name, name)) for name in wanted}
         except RuntimeError as error:
             raise UserError(f"{file} is not a program that ExecuTorch can load: export it again") from error
+        if missing:
+            raise UserError(f"{file} has no method forward: export it with --stock-runner")
 
     def _prefill(self, tokens: list[int]) -> Logits:
         row = torch.from_numpy(padded(tokens, self.block))
@@ -102,3 +106,19 @@ class ExecuTorchRunner(Runner):
             for first in range(0, len(parts), len(names))
         ]
         return make_snapshot(positions[:, :, 0], layers, self.held)
+
+
+class ForwardRunner(ExecuTorchRunner):
+    """Steps `forward` alone, as ExecuTorch's own LLM runner and Android's Module do: the same words to the last bit.
+
+    Raises:
+        UserError: also where the program has no such method.
+    """
+
+    methods = ("forward",)
+
+    def _prefill(self, tokens: list[int]) -> Logits:
+        return self._run("forward", torch.tensor([tokens]), torch.tensor([self.seen]))
+
+    def _decode(self, token: int) -> Logits:
+        return self._prefill([token])

@@ -197,9 +197,10 @@ class MainActivityTest {
         presenter("The lighthouse keeper's name is Samuel Oakhurst.")
         val activity = start()
         reader.presenter.open(tinyFolder)
-        reader.presenter.openText("lighthouse.txt") { "A long text. ".repeat(250) }
+        reader.presenter.openText("lighthouse.txt") { "A long text. ".repeat(15) }
         activity.findViewById<EditText>(R.id.question).setText("Who keeps the lighthouse?")
         activity.press(R.id.ask)
+        assertTrue("Samuel Oakhurst" in activity.text(R.id.transcript))
         val root = activity.window.decorView
         shadowOf(Looper.getMainLooper()).idle()
         root.measure(exactly(root.width), exactly(root.height))
