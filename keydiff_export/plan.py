@@ -124,31 +124,35 @@ def all_state_bytes(model: ModelSizes, slots: int, dtype: str = "float32") -> in
     return cache_bytes(model, slots, dtype) + model.layers * layer
 
 
-def arena_bytes(model: ModelSizes, slots: int, block: int) -> int:
-    """What a .pte plans for prefill beside its state: tensors that cross a delegate's border, in float32 unless said.
+def arena_bytes(model: ModelSizes, slots: int, block: int, dtype: str = "float32") -> int:
+    """What a .pte plans for prefill beside its state: tensors that cross a delegate's border. The most of
 
-        mask                                  R B S
-        queries and output, residual stream   2 Hq B d + 2 B D
-        order of leaving, of all layers       6 L H S          float64
-        plan of moves, of all layers          16 L H B         int64
-        keys that leave, of all layers        L H B d
+        a layer       R B S + 2 Hq B d + 2 B D + 2 H B d + 4 B d   mask, queries and output, stream, rows, angles; float32
+        order         6 L H S                                     of leaving, in all layers; float64
+        moves         2 L H B d, 15 L H B                         rows in the cache's dtype, the plan in int64
+        logits        V + D                                       float32
 
-    or the row of vocabulary logits where that is more. ExecuTorch places tensors greedily, so the arena of a program is
-    up to a tenth away from this; state and arena together are within 5 %.
+    ExecuTorch places tensors greedily, so the arena of a program is up to a tenth away from this; state and arena
+    together are within 5 %.
     """
-    rows = model.layers * model.kv_heads
+    rows, width = model.layers * model.kv_heads, model.head_dim
     mask = model.query_heads // model.kv_heads * block * slots
-    stream = 2 * block * (model.query_heads * model.head_dim + model.hidden)
-    eviction = 2 * rows * (6 * slots + 16 * block) + rows * block * model.head_dim
-    return FLOAT * max(mask + stream + eviction, model.vocabulary + model.hidden)
+    stream = 2 * block * (model.query_heads * width + model.hidden + model.kv_heads * width + 2 * width)
+    moved = CacheShape(model.layers, model.kv_heads, width, block, 0, dtype).bytes
+    return max(
+        FLOAT * (mask + stream),
+        8 * 6 * rows * slots,
+        moved + 8 * 15 * rows * block,
+        FLOAT * (model.vocabulary + model.hidden),
+    )
 
 
-def activation_bytes(model: ModelSizes, slots: int, block: int) -> int:
-    """Activations alive at the peak of prefill: the arena, and inside XNNPACK logits and probabilities of one layer's
+def activation_bytes(model: ModelSizes, slots: int, block: int, dtype: str = "float32") -> int:
+    """Activations alive at the peak of prefill: the arena, and inside XNNPACK the logits of one layer's attention, which
 
-    attention, 2 Hq B S in float32, which all layers share.
+    become its probabilities in place: Hq B S in float32, shared by all layers.
     """
-    return arena_bytes(model, slots, block) + FLOAT * 2 * model.query_heads * block * slots
+    return arena_bytes(model, slots, block, dtype) + FLOAT * model.query_heads * block * slots
 
 
 def _step(model: ModelSizes, slots: int, length: int) -> Step:
@@ -214,7 +218,7 @@ def step_seconds(
 
 def memory_bytes(model: ModelSizes, request: Request, slots: int) -> int:
     """Weights as loaded, state, activations and runtime of one artifact."""
-    moving = all_state_bytes(model, slots, request.cache_dtype) + activation_bytes(model, slots, request.block)
+    moving = all_state_bytes(model, slots, request.cache_dtype) + activation_bytes(model, slots, request.block, request.cache_dtype)
     weights = loaded_bytes(model, get_storage(request.target, request.quant))
     return weights + moving + RUNTIME_BYTES[request.target]
 
@@ -230,7 +234,7 @@ def _cost(model: ModelSizes, request: Request, device: Device, slots: int, full:
         loaded_bytes=loaded_bytes(model, storage),
         cache_bytes=cache_bytes(model, slots, request.cache_dtype),
         state_bytes=all_state_bytes(model, slots, request.cache_dtype),
-        activation_bytes=activation_bytes(model, slots, block),
+        activation_bytes=activation_bytes(model, slots, block, request.cache_dtype),
         runtime_bytes=RUNTIME_BYTES[request.target],
         total_bytes=memory_bytes(model, request, slots),
         ttft_s=blocks * step_seconds(model, request, device, met, block, not full),

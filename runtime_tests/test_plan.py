@@ -102,7 +102,7 @@ def test_the_tables_follow_the_exporter() -> None:
 def check(folder: OutputFolder) -> None:
     """Cache and ONNX state to the byte; files and planned memory within 5 %, activations alone within 10 %."""
     model, shape = model_sizes(json.loads((folder.path / "config.json").read_text()), "exported"), folder.shape
-    activations = arena_bytes(model, shape.slots, shape.block)
+    activations = arena_bytes(model, shape.slots, shape.block, shape.dtype)
     state = all_state_bytes(model, shape.slots, shape.dtype)
     for artifact in inspect_folder(folder)["artifacts"]:
         files = file_bytes(model, get_storage(artifact["target"], artifact["quant"]))

@@ -53,7 +53,7 @@ def check(path: Path) -> None:
     model = model_sizes(json.loads((path / "config.json").read_text(encoding="utf-8")), str(path))
     state, arena = (
         all_state_bytes(model, shape.slots, shape.dtype),
-        arena_bytes(model, shape.slots, shape.block),
+        arena_bytes(model, shape.slots, shape.block, shape.dtype),
     )
     for artifact, inspected in zip(folder.artifacts, inspect_folder(folder)["artifacts"], strict=True):
         target, quant = artifact["target"], artifact["quant"]
