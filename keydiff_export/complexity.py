@@ -45,7 +45,7 @@ class Needs:
         slot_number: a float32 a slot.
         key_sum: a vector of doubles a head, new keys added and leaving keys taken out.
         decays: the sum forgets instead, so nothing is taken out of it.
-        probe: one more query row.
+        probe: a product of all keys with one more vector.
         queries: number of last queries whose attention is observed.
     """
 
@@ -123,12 +123,20 @@ def scoring_flops(policy: str, step: Step) -> int:
 
 
 def product_flops(needs: Needs, step: Step) -> int:
-    """FLOPs of all matrix products in one of our attention layers: attention, probe, observed rows, sums of keys."""
-    rows = step.groups * step.length + needs.probe
-    flops = 4 * rows * step.slots * step.width
+    """FLOPs of all matrix products in one of our attention layers: attention, probe, observed rows, sums of keys.
+
+    A single token stands beside the slots and its probe is one more query row, which goes all the way through; a
+    block's probe has a product of its own.
+    """
+    token, queries = step.length == 1, step.groups * step.length
+    rows = queries + needs.probe * token
+    met = step.slots + token
+    flops = 2 * rows * step.width * (met + step.slots)
+    if needs.probe and not token:
+        flops += 2 * step.slots * step.width
     if needs.queries:
-        flops += 2 * rows * step.slots
-    if needs.key_sum and step.length > 1:
+        flops += 2 * queries * met
+    if needs.key_sum and not token:
         flops += 2 * step.length * step.width * (1 if needs.decays else 2)
     return step.heads * flops
 

@@ -110,6 +110,7 @@ def test_a_small_case_by_hand() -> None:
     assert attention_flops(tiny) == 3 * (8 + 1 + 5)
     assert attention_bytes(tiny) == 2 * 4 * 3 * 2
     assert scoring_flops("keydiff", tiny) == 6 + 16 + 12 + 12
-    assert added_flops(Needs(probe=True), tiny) == 4 * 3 * 2
+    assert added_flops(Needs(probe=True), tiny) == 2 * 2 * (3 + 1) + 2 * 2 * 3
+    assert added_flops(Needs(probe=True), replace(tiny, length=8)) == 2 * 2 * 3
     assert selection_comparisons(tiny) == 3
     assert selection_comparisons(replace(tiny, length=8)) == 9
