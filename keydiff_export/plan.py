@@ -127,10 +127,10 @@ def all_state_bytes(model: ModelSizes, slots: int, dtype: str = "float32") -> in
 def arena_bytes(model: ModelSizes, slots: int, block: int, dtype: str = "float32") -> int:
     """What a .pte plans for prefill beside its state: tensors that cross a delegate's border. The most of
 
-        a layer       R B S + 2 Hq B d + 2 B D + 2 H B d + 4 B d   mask, queries and output, stream, rows, angles; float32
-        order         6 L H S                                     of leaving, in all layers; float64
-        moves         2 L H B d, 15 L H B                         rows in the cache's dtype, the plan in int64
-        logits        V + D                                       float32
+        a layer   R B S + 2 Hq B d + 2 B D + 2 H B d + 4 B d   mask, queries and output, stream, rows, angles; float32
+        order     6 L H S                                     of leaving, in all layers; float64
+        moves     2 L H B d, 15 L H B                         rows in the cache's dtype, the plan in int64
+        logits    V + D                                       float32
 
     ExecuTorch places tensors greedily, so the arena of a program is up to a tenth away from this; state and arena
     together are within 5 %.
@@ -148,9 +148,9 @@ def arena_bytes(model: ModelSizes, slots: int, block: int, dtype: str = "float32
 
 
 def activation_bytes(model: ModelSizes, slots: int, block: int, dtype: str = "float32") -> int:
-    """Activations alive at the peak of prefill: the arena, and inside XNNPACK the logits of one layer's attention, which
+    """Activations alive at the peak of prefill: the arena, and inside XNNPACK the logits of one layer's attention.
 
-    become its probabilities in place: Hq B S in float32, shared by all layers.
+    They become its probabilities in place: Hq B S in float32, shared by all layers.
     """
     return arena_bytes(model, slots, block, dtype) + FLOAT * model.query_heads * block * slots
 
@@ -218,7 +218,9 @@ def step_seconds(
 
 def memory_bytes(model: ModelSizes, request: Request, slots: int) -> int:
     """Weights as loaded, state, activations and runtime of one artifact."""
-    moving = all_state_bytes(model, slots, request.cache_dtype) + activation_bytes(model, slots, request.block, request.cache_dtype)
+    moving = all_state_bytes(model, slots, request.cache_dtype) + activation_bytes(
+        model, slots, request.block, request.cache_dtype
+    )
     weights = loaded_bytes(model, get_storage(request.target, request.quant))
     return weights + moving + RUNTIME_BYTES[request.target]
 
