@@ -29,6 +29,9 @@ from torch.fx.passes.infra.partitioner import Partition
 _ONLY_LINEAR_PASS = CompileSpec("dqlinear_partitioner", b"")
 
 
+_MOST_NODES = 80
+
+
 class _FrozenSignature(ExportGraphSignature):
     """A signature that builds its look-up tables once. Torch rebuilds them at every question, once a node and operand,
 
@@ -81,7 +84,31 @@ class SegmentPartitioner(XnnpackPartitioner):
         segments: dict[int, list[Node]] = defaultdict(list)
         for node, number in group_of.items():
             segments[group_level[number]].append(node)
-        return [Partition(id=number, nodes=nodes) for number, nodes in sorted(segments.items())]
+        order = {node: place for place, node in enumerate(ep.graph.nodes)}
+        ordered = [sorted(nodes, key=lambda node: order[node]) for _, nodes in sorted(segments.items())]
+        runs = [run for nodes in ordered for run in _runs(nodes, group_of)]
+        return [Partition(id=number, nodes=nodes) for number, nodes in enumerate(runs)]
+
+
+def _runs(nodes: list[Node], group_of: dict[Node, int]) -> list[list[Node]]:
+    """Cuts a long segment, its nodes in the graph's order, into runs of about `_MOST_NODES`; groups stay whole.
+
+    A decode step of thirty layers as one delegate takes longer than in pieces of a layer or so, and with two threads
+    its time jumps from token to token.
+    """
+    if len(nodes) < 2 * _MOST_NODES:
+        return [nodes]
+    run_of: dict[int, int] = {}
+    for place, node in enumerate(nodes):
+        run_of[group_of[node]] = max(run_of.get(group_of[node], 0), place // _MOST_NODES)
+    inside = set(nodes)
+    for node in nodes:
+        before = [run_of[group_of[source]] for source in node.all_input_nodes if source in inside]
+        run_of[group_of[node]] = max([run_of[group_of[node]], *before])
+    runs: dict[int, list[Node]] = defaultdict(list)
+    for node in nodes:
+        runs[run_of[group_of[node]]].append(node)
+    return [runs[number] for number in sorted(runs)]
 
 
 def _postpone(graph: Graph, group_of: dict[Node, int], group_level: dict[int, int]) -> None:
