@@ -5,7 +5,7 @@ Usage: policy_cost.py [--layers 30] [--budget 1024] [--block 128] [--tokens 8192
 Lowers the model once a policy, policy full (the same graph with eviction removed) among them. Two tables: milliseconds
 of a decode step and of a prefill block over those of full, and the time to read the whole prompt under KeyDiff over
 that under each other policy. Every step of one is paired with the same step of the others; medians of the ratios, with
-the quarters around them. `--layers` cuts the model to its first layers, where a whole lowering a policy takes too long.
+the quarters around them. With `--threads 1` it is processor time, which a busy machine leaves alone. `--layers` cuts the model to its first layers, where a whole lowering a policy takes too long.
 """
 
 from __future__ import annotations
@@ -54,15 +54,17 @@ def read(runner: Runner, tokens: list[int]) -> None:
         runner.step(tokens[first : first + runner.block])
 
 
-def in_turn(every: dict[str, Runner], run: Callable[[Runner], object], repeats: int) -> dict[str, list[float]]:
+def in_turn(
+    every: dict[str, Runner], run: Callable[[Runner], object], repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of every run, each policy's beside the others'; the first of each warms up."""
     times: dict[str, list[float]] = {name: [] for name in every}
     for turn in range(repeats + 1):
         for name, runner in every.items():
-            began = time.perf_counter()
+            began = clock()
             run(runner)
             if turn:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
     return times
 
 
@@ -86,13 +88,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5, help="whole prompts; 40 times as many decode steps")
     options = parser.parse_args()
+    clock = time.process_time if options.threads == 1 else time.perf_counter
     tokens = torch.randint(100, 1000, (options.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     for target in options.targets.split(","):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             every = runners(options, target, Path(folder))
-            whole = in_turn(every, lambda runner: read(runner, tokens), options.repeats)
-            block = in_turn(every, lambda runner: runner.step(tokens[: runner.block]), 6 * options.repeats)
-            single = in_turn(every, lambda runner: runner.step(tokens[:1]), 40 * options.repeats)
+            whole = in_turn(every, lambda runner: read(runner, tokens), options.repeats, clock)
+            block = in_turn(every, lambda runner: runner.step(tokens[: runner.block]), 6 * options.repeats, clock)
+            single = in_turn(every, lambda runner: runner.step(tokens[:1]), 40 * options.repeats, clock)
         print(f"\n{target}, {options.layers} layers, {options.quant}, N = {options.budget}, B = {options.block}")
         print("| policy | decode step / no eviction | prefill block / no eviction | keydiff / it, whole prompt |")
         print("|---|---|---|---|")
