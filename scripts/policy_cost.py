@@ -5,7 +5,8 @@ Usage: policy_cost.py [--layers 30] [--budget 1024] [--block 128] [--tokens 8192
 Lowers the model once a policy, policy full (the same graph with eviction removed) among them. Two tables: milliseconds
 of a decode step and of a prefill block over those of full, and the time to read the whole prompt under KeyDiff over
 that under each other policy. Every step of one is paired with the same step of the others; medians of the ratios, with
-the quarters around them. With `--threads 1` it is processor time, which a busy machine leaves alone. `--layers` cuts the model to its first layers, where a whole lowering a policy takes too long.
+the quarters around them. With `--threads 1` it is processor time, which a
+busy machine leaves alone. `--layers` cuts the model to its first layers, where a lowering a policy takes too long.
 """
 
 from __future__ import annotations
