@@ -60,8 +60,10 @@ def step(runner: Runner, tokens: list[int], lengths: list[int]) -> dict[str, NDA
         for layer, heads in enumerate(snapshot.slots):
             for head, places in enumerate(heads):
                 positions[layer, head, list(places.values())] = list(places)
-        for name, array in (("positions", positions), ("keys", snapshot.keys), ("values", snapshot.values)):
-            rows[name].append(array)
+        free = runner.budget + 1 - positions.shape[2]
+        rows["positions"].append(np.pad(positions, ((0, 0), (0, 0), (0, free)), constant_values=-1))
+        for name, array in (("keys", snapshot.keys), ("values", snapshot.values)):
+            rows[name].append(np.pad(array, ((0, 0), (0, 0), (0, free), (0, 0))))
     return {name: np.array(arrays) for name, arrays in rows.items()}
 
 
