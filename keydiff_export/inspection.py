@@ -126,7 +126,7 @@ def _inspect_onnx(place: Path) -> dict[str, Any]:
             "kernels_outside_delegates": dict(kernels.most_common()),
             "planned_memory_bytes": None,
             "state": state,
-            "slots": sorted({s[1] for n, s in state.items() if n.startswith(("keys", "values"))}),
+            "slots": sorted({s[-2] for n, s in state.items() if n.startswith(("keys", "values"))}),
             "dynamic_tensors": unknown,
             "unbounded_tensors": unknown,
         }

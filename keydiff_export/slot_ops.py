@@ -18,10 +18,13 @@ class SlotOps(Protocol):
         """[H, S, width], or [H, S] for width 0."""
 
     def address(self, index: Tensor) -> Any:
-        """Turns slots index [H, T] into what `write` and `take` use; one address serves all tensors of those heads."""
+        """Turns slots index [H, T] into what `write` and `take` use, for tensors that all layers share."""
 
     def addresses(self, index: Tensor, heads: int) -> list[Any]:
-        """Addresses of every layer, each `heads` rows of index [L * heads, T]."""
+        """Addresses for the tensors that every layer has of its own, each `heads` rows of index [L * heads, T]."""
+
+    def layers(self, tensor: Tensor, heads: int) -> list[Tensor]:
+        """The rows of every layer, `heads` each, of a tensor [L * heads, ...]."""
 
     def write(self, slots: Tensor, address: Any, rows: Tensor) -> Tensor:
         """Writes rows [H, T(, width)] at an address and returns the slots, perhaps the same tensor."""
@@ -40,6 +43,15 @@ class SlotOps(Protocol):
 
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         """Batched matrix product of left [H, a, b] with right [H, b, c], or with right [H, c, b] transposed, scaled."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, held: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Attention as one operator, where the backend has one that is faster than its parts; else None.
+
+        It appends key and value [H, T, d] to the slots `keys` and `values` at slot `held` (int64 [1]); query
+        [H * R, T, d] sees the slots up to its own. Returns its output, of the query's shape, and both slots.
+        """
 
     def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
         """[H, S] float32 -> [H] slots of the largest number, of equal ones that of the highest position (float32)."""
@@ -75,6 +87,9 @@ class TorchOps:
     def addresses(self, index: Tensor, heads: int) -> list[tuple[Tensor, Tensor]]:
         return [self.address(rows) for rows in index.split(heads)]
 
+    def layers(self, tensor: Tensor, heads: int) -> list[Tensor]:
+        return list(tensor.split(heads))
+
     def write(self, slots: Tensor, address: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
         return slots.index_put(address, rows)
 
@@ -92,6 +107,9 @@ class TorchOps:
 
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         return (left @ (right.mT if transpose else right)) * scaling
+
+    def attend(self, *tensors: Any) -> None:
+        return None
 
     def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
         largest = numbers == numbers.amax(-1, keepdim=True)

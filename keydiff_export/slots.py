@@ -105,6 +105,7 @@ class _Gathered:
         states: the policy's numbers of the new tokens, [H, T].
         entering: what the new tokens add to the sum of keys, [H, d] float32.
         dots, attention: of `Attended`.
+        probes: of a single token beside fused attention, whose own product with it is still to be taken, [H, d].
         scaling: factor on dots.
         output: the last layer's attention.
     """
@@ -115,6 +116,7 @@ class _Gathered:
     entering: list[Tensor] = field(default_factory=list)
     dots: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
+    probes: list[Tensor] = field(default_factory=list)
     scaling: float = 1.0
     output: Tensor | None = None
 
@@ -167,9 +169,12 @@ class SlotCache:
         if wanted is not None and slots.total is not None:
             self.carried = slots.total * ((start > 0).double() * (1.0 - wanted.decay))
             self.known = self.carried.to(torch.float32)
+            self.known_layers = ops.layers(self.known, heads)
+        # Set where attention is an operator of the backend's, which appends the new tokens by itself.
+        self.fused = False
         if count is not None:
             self.appended = (self.held + row).expand(self.rows, length)
-            self.place = ops.address(self.appended[:heads])
+            (self.place,) = ops.addresses(self.appended[:heads], heads)
             # At most so many leave at once: a block, or the generated tokens that were let pile up.
             self.most = length if staged is None else shape.evict_every
 
@@ -196,13 +201,16 @@ class SlotCache:
         packed = self._packed(key, value)
         # What attention and policy see of a token is what the cache keeps of it.
         key = self._unpacked(packed["keys"], packed.get("scales"), 0)
+        output = self._attend_fused(layer, query, key, value, scaling)
         if self.count is None:
             self.gathered.rows.append(packed)
-        else:
+        elif output is None:
             self._write(layer, self.place, packed)
         probe = self._probe(layer, key) if self.policy.evicts else None
         grouped = query.reshape(heads, -1, length, width)
-        if self.count is None:
+        if output is not None:
+            found = Attended(output, None if probe is None else self._dots(layer, probe), None)
+        elif self.count is None:
             value = self._unpacked(packed["values"], packed.get("scales"), 1)
             found = self._attend_token(layer, grouped, key, value, scaling, probe)
             self.gathered.scaling = scaling
@@ -215,6 +223,32 @@ class SlotCache:
         self.gathered.output = found.output
         return found.output.reshape(-1, length, width)
 
+    def _attend_fused(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
+        """[H * R, T, d] by the backend's own operator, which appends the new tokens behind the held ones; None where it
+
+        has none, or where the policy wants to see the probabilities.
+        """
+        if self.observed is not None or stored_dtype(self.shape) is not torch.float32:
+            return None
+        keys, values = self.slots.keys[layer], self.slots.values[layer]
+        found = self.ops.attend(query, key, value, keys, values, self.held, scaling)
+        if found is None:
+            return None
+        self.fused = True
+        output, self.slots.keys[layer], self.slots.values[layer] = found
+        return output
+
+    def _dots(self, layer: int, probe: Tensor) -> Tensor:
+        """[H, S] products of the cached keys with a probe [H, d] beside fused attention; with axes of length 1 around
+
+        where the backend stores keys so, because a change of shape is a call of its own in every layer.
+        """
+        if self.count is None:
+            self.gathered.probes.append(probe)
+        keys = self.slots.keys[layer]
+        # The keys on the left: a kernel packs the right side anew at every call.
+        return self.ops.product(keys, probe.reshape(*keys.shape[:-2], -1, 1))
+
     def _probe(self, layer: int, key: Tensor) -> Tensor | None:
         """Notes what the layer's new keys [H, T, d] add to state and sum; the policy's probe [H, d], if it has one."""
         wanted, state, total = self.policy.key_sum(), None, None
@@ -225,15 +259,11 @@ class SlotCache:
         if self.known is not None:
             entering = self._sum(key, state, None if self.count is None else self.entering)
             self.gathered.entering.append(entering)
-            total = self._of(self.known, layer) + entering
-        positions = self._of(self._positions(), layer)
+            total = self.known_layers[layer] + entering
+        heads = self.shape.kv_heads
+        positions = self._positions()[layer * heads : (layer + 1) * heads]
         keys = self._layer_keys(layer, key)
         return self.policy.probe(SlotView(keys, positions, self.valid, self.end - 1, self._head(), total=total))
-
-    def _of(self, tensor: Tensor, layer: int) -> Tensor:
-        """The layer's heads of a tensor of all layers."""
-        heads = self.shape.kv_heads
-        return tensor[layer * heads : (layer + 1) * heads]
 
     def _head(self, layers: int = 1) -> Tensor:
         """[layers * H] int64, every row's KV head."""
@@ -248,9 +278,13 @@ class SlotCache:
 
     def _layer_keys(self, layer: int, new: Tensor) -> Tensor:
         """[H, S, d] float32, before eviction."""
-        scales = self.ops.view(self.slots.scales[layer]) if self.slots.scales else None
-        keys = self._unpacked(self.ops.view(self.slots.keys[layer]), scales, 0)
+        keys = self._keys(layer)
         return torch.cat([keys, new], 1) if self.count is None else keys
+
+    def _keys(self, layer: int) -> Tensor:
+        """[H, S, d] float32, the layer's cached keys."""
+        scales = self.ops.view(self.slots.scales[layer]) if self.slots.scales else None
+        return self._unpacked(self.ops.view(self.slots.keys[layer]), scales, 0)
 
     def _packed(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         """Keys and values [H, T, d] as the cache stores them; int8 with a scale a row, whose largest becomes 127."""
@@ -277,10 +311,7 @@ class SlotCache:
             # A block has more queries than a row has numbers, so here it is the cheaper side to scale.
             key_scale, value_scale = self.ops.view(self.slots.scales[layer]).split(1, dim=-1)
             keys, values = keys * key_scale, values * value_scale
-        dots = None
-        if probe is not None:
-            # The keys on the left: a kernel packs the right side anew at every call.
-            dots = self.ops.product(keys, probe.unsqueeze(1), transpose=True).reshape(heads, -1)
+        dots = None if probe is None else self.ops.product(keys, probe.unsqueeze(-1)).squeeze(-1)
         logits = self.ops.product(query.reshape(heads, -1, width), keys, transpose=True, scaling=scaling)
         weights = (logits + self._mask(groups)).softmax(-1)
         output = self.ops.product(weights, values).reshape(heads, groups, length, width)
@@ -359,9 +390,15 @@ class SlotCache:
         gathered = self.gathered
         keys = torch.cat([self._layer_keys(layer, key) for layer, key in enumerate(gathered.keys)])
         head = self._head(self.shape.layers)
-        dots, attention, entering = (
-            torch.cat(part) if part else None for part in (gathered.dots, gathered.attention, gathered.entering)
+        dots, attention, entering, probes = (
+            torch.cat(part) if part else None
+            for part in (gathered.dots, gathered.attention, gathered.entering, gathered.probes)
         )
+        dots = None if dots is None else dots.reshape(self.rows, -1)
+        if dots is not None and probes is not None:
+            # A single token stands behind the slots.
+            own = (torch.cat(gathered.keys).squeeze(1) * probes).sum(-1, keepdim=True)
+            dots = torch.cat([dots, own], 1)
         dots = None if dots is None else dots * (1.0 / gathered.scaling)
         total = None if self.known is None or entering is None else self.known + entering
         view = SlotView(keys, self._positions(), self.valid, self.end - 1, head, state, total, dots, attention)
@@ -391,8 +428,9 @@ class SlotCache:
         if self.carried is not None:
             slots.total = ops.overwrite(slots.total, self._total_after_token(place, stays, leaves))
             place = ops.after(place, slots.total)
-        for layer, address in enumerate(ops.addresses(place, self.shape.kv_heads)):
-            self._write(layer, address, self.gathered.rows[layer])
+        if self.evicts or not self.fused:
+            for layer, address in enumerate(ops.addresses(place, self.shape.kv_heads)):
+                self._write(layer, address, self.gathered.rows[layer])
         address = ops.address(place)
         slots.positions = ops.write(slots.positions, address, self.positions)
         if slots.state is not None and states is not None:

@@ -134,7 +134,13 @@ def test_growth_bandwidth_and_notes(folder: OutputFolder, peer: str) -> None:
     rows = {(row["name"], row["prompt_tokens"]): row for row in report["summary"]}
     # Two layers, two KV heads of 32: 256 numbers of two bytes a token beside 1000 bytes of weights.
     assert rows["echo", 30]["bytes_a_token"] == 1000 + 30 * 2 * 2 * 2 * 32 * 2
-    assert rows["onnx-cpu", 10]["bytes_a_token"] == rows["onnx-cpu", 30]["bytes_a_token"]
+    # Fused attention reads the tokens held, at most N = 16; a delegate's reads all N + B = 24 slots.
+    item = 2 * 2 * 2 * 32 * 4
+    assert rows["onnx-cpu", 30]["bytes_a_token"] - rows["onnx-cpu", 10]["bytes_a_token"] == 6 * item
+    weights = {name: weight_bytes(folder.path, "int8", name) for name in ("executorch", "onnxruntime")}
+    assert rows["onnx-cpu", 30]["bytes_a_token"] == weights["onnxruntime"] + 16 * item
+    for tokens in (10, 30):
+        assert rows["executorch-xnnpack", tokens]["bytes_a_token"] == weights["executorch"] + 24 * item
     run = next(r for r in report["runs"] if (r["name"], r["prompt_tokens"]) == ("echo", 30))
     assert run["bandwidth_share"] == pytest.approx(rows["echo", 30]["bytes_a_token"] / (run["ttft_s"] / 1e3) / 1e9)
     table = folder_table(report)

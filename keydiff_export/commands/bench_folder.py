@@ -12,6 +12,7 @@ from typing import Any
 
 from ..child import call_in_child
 from ..errors import UserError
+from ..inspection import inspect_program
 from ..machine import Usage, machine_facts
 from ..manifest import OutputFolder
 from ..measure import Prompt
@@ -37,7 +38,8 @@ class Contestant:
         file_bytes: size of its files.
         context: most tokens that it takes, prompt and answer; None for any number.
         weight_bytes: weights that a decode step reads; a peer's files as a whole.
-        cache_bytes: cache that a decode step reads: constant bytes, and bytes a token of the prompt.
+        cache_item_bytes: keys and values of one token in all layers.
+        cache_tokens: of how many tokens a decode step reads them at least and at most, None for no limit.
     """
 
     name: str
@@ -48,12 +50,14 @@ class Contestant:
     file_bytes: int
     context: int | None
     weight_bytes: int
-    cache_bytes: tuple[int, int]
+    cache_item_bytes: int
+    cache_tokens: tuple[int, int | None]
 
     def bytes_a_token(self, prompt_tokens: int) -> int:
         """Bytes that a decode step reads behind a prompt."""
-        constant, growing = self.cache_bytes
-        return self.weight_bytes + constant + growing * prompt_tokens
+        least, most = self.cache_tokens
+        read = max(prompt_tokens, least)
+        return self.weight_bytes + self.cache_item_bytes * (read if most is None else min(read, most))
 
 
 def bench_folder(
@@ -185,10 +189,18 @@ def _artifacts(folder: OutputFolder) -> list[Contestant]:
                 file_bytes=sum(entry["bytes"] for entry in artifact["files"]),
                 context=None if folder.policy.evicts else folder.shape.budget,
                 weight_bytes=weight_bytes(folder.path, artifact["quant"], artifact["runtime"]),
-                cache_bytes=(artifact["cache_bytes"], 0),
+                cache_item_bytes=artifact["cache_bytes"] // folder.shape.slots,
+                cache_tokens=_cache_tokens(folder, artifact),
             )
         )
     return found
+
+
+def _cache_tokens(folder: OutputFolder, artifact: dict[str, Any]) -> tuple[int, int]:
+    """Fused attention reads the slots that hold a token, attention spelled out in a static graph reads them all."""
+    methods = inspect_program(folder.path / artifact["target"], artifact["runtime"])
+    fused = any("GroupQueryAttention" in name for name in methods["prefill"]["kernels_outside_delegates"])
+    return (0, folder.shape.budget) if fused else (folder.shape.slots,) * 2
 
 
 def _peer(folder: OutputFolder, peer: Peer, path: Path | None) -> Contestant:
@@ -207,7 +219,8 @@ def _peer(folder: OutputFolder, peer: Peer, path: Path | None) -> Contestant:
         file_bytes=size,
         context=prepared.context,
         weight_bytes=size,
-        cache_bytes=(0, item),
+        cache_item_bytes=item,
+        cache_tokens=(0, None),
     )
 
 

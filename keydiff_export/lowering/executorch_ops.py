@@ -7,6 +7,7 @@ different rows a head.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers torch.ops.llama)
@@ -83,6 +84,10 @@ class ExecuTorchOps:
         layers = _Layers(index, heads)
         return [_LayerAddress(layers, layer) for layer in range(index.shape[0] // heads)]
 
+    def layers(self, tensor: Tensor, heads: int) -> list[Tensor]:
+        # Slices, not a split, which a delegate lacks.
+        return [tensor[first : first + heads] for first in range(0, tensor.shape[0], heads)]
+
     def write(self, slots: Tensor, address: Address, rows: Tensor) -> Tensor:
         heads, length = address.index.shape
         rows = rows.reshape(heads, length, 1, -1)
@@ -111,6 +116,9 @@ class ExecuTorchOps:
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         scaled = left if scaling == 1.0 else left * scaling
         return torch.bmm(scaled, right.transpose(1, 2) if transpose else right)
+
+    def attend(self, *tensors: Any) -> None:
+        return None
 
     def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
         # In a delegate all but the maximum: comparing and selecting cost several times as much in the portable kernels.

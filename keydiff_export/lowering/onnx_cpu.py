@@ -21,7 +21,9 @@ from ..quantize import Activation, twin
 from ..shape import CacheShape
 from ..slots import Slots, new_slots
 from .base import Lowered, Phases, Target
+from .onnx_fusions import fused, fused_rotation
 from .onnx_ops import OnnxOps
+from .onnx_passes import optimize
 
 DATA_FILE = "weights.data"
 OPSET = 21
@@ -49,10 +51,10 @@ class OnnxCpu(Target):
         self, model: nn.Module, quant: str, shape: CacheShape, policy: Policy, folder: Path, phases: Phases
     ) -> Lowered:
         module = model if quant == "none" else twin(model, self.activation(quant))
-        graph = StaticGraph(module, shape, policy, OnnxOps())
+        graph = StaticGraph(fused(module), shape, policy, OnnxOps())
         models: dict[str, ir.Model] = {}
         for method, examples in graph.methods().items():
-            with phases.phase(f"onnx-cpu: trace {method}"), quiet_exporter():
+            with phases.phase(f"onnx-cpu: trace {method}"), quiet_exporter(), fused_rotation(module):
                 models[method] = _export(graph, method, examples)
         with phases.phase("onnx-cpu: write"):
             write_models(models, folder)
@@ -91,6 +93,11 @@ class _RecordingOps(OnnxOps):
         self.writes.append((slots, written))
         return written
 
+    def attend(self, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output, keys, values = super().attend(*tensors)
+        self.writes += [(tensors[3], keys), (tensors[4], values)]
+        return output, keys, values
+
     def first(self, before: Tensor, after: Tensor) -> Tensor | None:
         """The tensor between a state before and after the step, where it was written twice."""
         between = next((source for source, written in self.writes if written is after), None)
@@ -114,6 +121,7 @@ def _export(graph: StaticGraph, method: str, examples: dict[str, Tensor]) -> ir.
     assert program is not None
     for name, value in zip(step.appended, program.model.graph.outputs[1 + len(state_names) :], strict=True):
         value.name = name + APPENDED
+    optimize(program.model)
     return program.model
 
 

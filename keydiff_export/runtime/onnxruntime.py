@@ -128,5 +128,5 @@ class OnnxRuntimeRunner(Runner):
         layers: list[dict[str, np.ndarray]] = []
         while f"keys_{len(layers)}" in self._state:
             tensors = {name: self._state.get(f"{name}_{len(layers)}") for name in LAYERED}
-            layers.append({name: t.numpy().copy() for name, t in tensors.items() if t is not None})
+            layers.append({name: t.numpy()[0].copy() for name, t in tensors.items() if t is not None})
         return make_snapshot(self._state["positions"].numpy().copy(), layers, self.held)
