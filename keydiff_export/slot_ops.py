@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 class SlotOps(Protocol):
-    """The operations that a backend spells in its own operators. T rows, H heads."""
+    """The operations that a backend spells in its own operators. T rows, H heads.
+
+    Attributes:
+        fuses: whether attention is one operator, `attend`, which is faster than its parts.
+    """
+
+    fuses: bool
 
     def allocate(self, heads: int, slots: int, width: int, dtype: torch.dtype) -> Tensor:
         """Zeroed slots of `width` numbers each; width 0 means one number without an axis of its own."""
@@ -46,11 +52,10 @@ class SlotOps(Protocol):
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, held: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Attention as one operator, where the backend has one that is faster than its parts; else None.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Appends key and value [H, T, d] to the slots `keys` and `values` at slot `held` (int64 [1]).
 
-        It appends key and value [H, T, d] to the slots `keys` and `values` at slot `held` (int64 [1]); query
-        [H * R, T, d] sees the slots up to its own. Returns its output, of the query's shape, and both slots.
+        query [H * R, T, d] sees the slots up to its own. Returns its output, of the query's shape, and both slots.
         """
 
     def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
@@ -74,6 +79,8 @@ def leaving_order(leaving: Tensor, positions: Tensor) -> Tensor:
 
 class TorchOps:
     """The slot operations in plain, functional PyTorch: the static graph before any lowering."""
+
+    fuses = False
 
     def allocate(self, heads: int, slots: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros((heads, slots, width) if width else (heads, slots), dtype=dtype)
@@ -108,8 +115,8 @@ class TorchOps:
     def product(self, left: Tensor, right: Tensor, transpose: bool = False, scaling: float = 1.0) -> Tensor:
         return (left @ (right.mT if transpose else right)) * scaling
 
-    def attend(self, *tensors: Any) -> None:
-        return None
+    def attend(self, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError("attention is spelled out")
 
     def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
         largest = numbers == numbers.amax(-1, keepdim=True)

@@ -105,7 +105,6 @@ class _Gathered:
         states: the policy's numbers of the new tokens, [H, T].
         entering: what the new tokens add to the sum of keys, [H, d] float32.
         dots, attention: of `Attended`.
-        probes: of a single token beside fused attention, whose own product with it is still to be taken, [H, d].
         scaling: factor on dots.
         output: the last layer's attention.
     """
@@ -116,7 +115,6 @@ class _Gathered:
     entering: list[Tensor] = field(default_factory=list)
     dots: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
-    probes: list[Tensor] = field(default_factory=list)
     scaling: float = 1.0
     output: Tensor | None = None
 
@@ -157,12 +155,15 @@ class SlotCache:
         slot, row = torch.arange(shape.slots), torch.arange(length)
         self.positions = (start + row).to(torch.float32).expand(self.rows, length)
         self.slot, self.sight = slot.to(torch.float32), (self.held + row).to(torch.float32)
-        occupied = (slot < (self.held if count is None else self.held + count)).to(torch.float32)
-        self.valid = torch.cat([occupied, torch.ones(1)]) if count is None else occupied
-        self.empty = (1.0 - self.valid) * NEVER
-        self.mask: Tensor | None = None
+        self.appended = (self.held + row).expand(self.rows, length)
         self.entering = torch.ones(length) if count is None else (row < count).to(torch.float32)
         self.observed = self._observed(policy.observed_queries(), row)
+        self.fused = ops.fuses and self.observed is None and stored_dtype(shape) is torch.float32
+        self.beside = count is None and not self.fused
+        occupied = (slot < (self.held if self.beside else self.held + self.end - start)).to(torch.float32)
+        self.valid = torch.cat([occupied, torch.ones(1)]) if self.beside else occupied
+        self.empty = (1.0 - self.valid) * NEVER
+        self.mask: Tensor | None = None
         self.gathered = _Gathered()
         self.known = self.carried = None
         wanted = policy.key_sum()
@@ -170,10 +171,7 @@ class SlotCache:
             self.carried = slots.total * ((start > 0).double() * (1.0 - wanted.decay))
             self.known = self.carried.to(torch.float32)
             self.known_layers = ops.layers(self.known, heads)
-        # Set where attention is an operator of the backend's, which appends the new tokens by itself.
-        self.fused = False
         if count is not None:
-            self.appended = (self.held + row).expand(self.rows, length)
             (self.place,) = ops.addresses(self.appended[:heads], heads)
             # At most so many leave at once: a block, or the generated tokens that were let pile up.
             self.most = length if staged is None else shape.evict_every
@@ -201,14 +199,15 @@ class SlotCache:
         packed = self._packed(key, value)
         # What attention and policy see of a token is what the cache keeps of it.
         key = self._unpacked(packed["keys"], packed.get("scales"), 0)
-        output = self._attend_fused(layer, query, key, value, scaling)
         if self.count is None:
             self.gathered.rows.append(packed)
-        elif output is None:
+        if self.fused:
+            output = self._attend_fused(layer, query, key, value, scaling)
+        elif self.count is not None:
             self._write(layer, self.place, packed)
         probe = self._probe(layer, key) if self.policy.evicts else None
         grouped = query.reshape(heads, -1, length, width)
-        if output is not None:
+        if self.fused:
             found = Attended(output, None if probe is None else self._dots(layer, probe), None)
         elif self.count is None:
             value = self._unpacked(packed["values"], packed.get("scales"), 1)
@@ -223,28 +222,19 @@ class SlotCache:
         self.gathered.output = found.output
         return found.output.reshape(-1, length, width)
 
-    def _attend_fused(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
-        """[H * R, T, d] by the backend's own operator, which appends the new tokens behind the held ones; None where it
-
-        has none, or where the policy wants to see the probabilities.
-        """
-        if self.observed is not None or stored_dtype(self.shape) is not torch.float32:
-            return None
-        keys, values = self.slots.keys[layer], self.slots.values[layer]
-        found = self.ops.attend(query, key, value, keys, values, self.held, scaling)
-        if found is None:
-            return None
-        self.fused = True
-        output, self.slots.keys[layer], self.slots.values[layer] = found
+    def _attend_fused(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """[H * R, T, d] by the backend's own operator, which appends the new tokens behind the held ones."""
+        slots = self.slots
+        output, slots.keys[layer], slots.values[layer] = self.ops.attend(
+            query, key, value, slots.keys[layer], slots.values[layer], self.held, scaling
+        )
         return output
 
     def _dots(self, layer: int, probe: Tensor) -> Tensor:
-        """[H, S] products of the cached keys with a probe [H, d] beside fused attention; with axes of length 1 around
+        """Products of the cached keys with a probe [H, d]: [H, S], with axes of length 1 where keys are stored with such.
 
-        where the backend stores keys so, because a change of shape is a call of its own in every layer.
+        A change of shape would be a call of its own in every layer.
         """
-        if self.count is None:
-            self.gathered.probes.append(probe)
         keys = self.slots.keys[layer]
         # The keys on the left: a kernel packs the right side anew at every call.
         return self.ops.product(keys, probe.reshape(*keys.shape[:-2], -1, 1))
@@ -272,14 +262,12 @@ class SlotCache:
     def _positions(self) -> Tensor:
         """[L * H, S] int64, before eviction."""
         held = self.ops.view(self.slots.positions)
-        if self.count is None:
-            return torch.cat([held, self.positions], 1).to(torch.int64)
-        return held.to(torch.int64)
+        return (torch.cat([held, self.positions], 1) if self.beside else held).to(torch.int64)
 
     def _layer_keys(self, layer: int, new: Tensor) -> Tensor:
         """[H, S, d] float32, before eviction."""
         keys = self._keys(layer)
-        return torch.cat([keys, new], 1) if self.count is None else keys
+        return torch.cat([keys, new], 1) if self.beside else keys
 
     def _keys(self, layer: int) -> Tensor:
         """[H, S, d] float32, the layer's cached keys."""
@@ -390,37 +378,38 @@ class SlotCache:
         gathered = self.gathered
         keys = torch.cat([self._layer_keys(layer, key) for layer, key in enumerate(gathered.keys)])
         head = self._head(self.shape.layers)
-        dots, attention, entering, probes = (
-            torch.cat(part) if part else None
-            for part in (gathered.dots, gathered.attention, gathered.entering, gathered.probes)
+        dots, attention, entering = (
+            torch.cat(part) if part else None for part in (gathered.dots, gathered.attention, gathered.entering)
         )
-        dots = None if dots is None else dots.reshape(self.rows, -1)
-        if dots is not None and probes is not None:
-            # A single token stands behind the slots.
-            own = (torch.cat(gathered.keys).squeeze(1) * probes).sum(-1, keepdim=True)
-            dots = torch.cat([dots, own], 1)
-        dots = None if dots is None else dots * (1.0 / gathered.scaling)
+        if dots is not None:
+            dots = dots.reshape(self.rows, -1)
+            dots = dots if self.fused else dots * (1.0 / gathered.scaling)
         total = None if self.known is None or entering is None else self.known + entering
         view = SlotView(keys, self._positions(), self.valid, self.end - 1, head, state, total, dots, attention)
         updated = self.policy.update_state(view) if self.policy.evicts else None
         return view if updated is None else replace(view, state=updated)
 
     def _finish_token(self, states: Tensor | None) -> None:
-        slots, ops, budget, last = self.slots, self.ops, self.shape.budget, self.shape.slots - 1
-        before = None if slots.state is None else ops.view(slots.state)
-        state = None if before is None or states is None else torch.cat([before, states], 1)
+        slots, ops, budget = self.slots, self.ops, self.shape.budget
+        if self.fused:
+            state = self._append_numbers(states)
+        else:
+            before = None if slots.state is None else ops.view(slots.state)
+            state = None if before is None or states is None else torch.cat([before, states], 1)
         view = self._view(state)
         if state is not None and view.state is not None and view.state is not state:
             held, states = view.state.split([self.shape.slots, 1], 1)
             slots.state = ops.overwrite(slots.state, held)
         stays = leaves = None
         if self.evicts:
-            positions = torch.cat([ops.view(slots.positions), self.positions], 1)
+            positions = ops.view(slots.positions)
+            positions = torch.cat([positions, self.positions], 1) if self.beside else positions
             victim = ops.last_of_largest(self._leaving(view, positions), positions)
             filling = self.start < budget
             # A token that leaves at once is written where nobody looks.
-            place = torch.where(filling, self.start, victim.clamp_max(last))
-            stays = filling | (victim <= last)
+            own = self.shape.slots if self.beside else self.held
+            place = torch.where(filling, self.start, victim.clamp_max(self.shape.slots - 1))
+            stays = filling | (victim != own)
             leaves = stays & ~filling
         else:
             place = self.held.expand(self.rows)
@@ -428,21 +417,30 @@ class SlotCache:
         if self.carried is not None:
             slots.total = ops.overwrite(slots.total, self._total_after_token(place, stays, leaves))
             place = ops.after(place, slots.total)
-        if self.evicts or not self.fused:
-            for layer, address in enumerate(ops.addresses(place, self.shape.kv_heads)):
-                self._write(layer, address, self.gathered.rows[layer])
-        address = ops.address(place)
-        slots.positions = ops.write(slots.positions, address, self.positions)
+        if self.fused and not self.evicts:
+            return
+        for layer, address in enumerate(ops.addresses(place, self.shape.kv_heads)):
+            self._write(layer, address, self.gathered.rows[layer])
+        self._write_numbers(ops.address(place), states)
+
+    def _append_numbers(self, states: Tensor | None) -> Tensor | None:
+        """Writes the new tokens' positions, and the policy's numbers [L * H, T] if it has any, behind the held ones.
+
+        Returns the policy's numbers of all slots [L * H, S].
+        """
+        self._write_numbers(self.ops.address(self.appended), states)
+        return None if self.slots.state is None else self.ops.view(self.slots.state)
+
+    def _write_numbers(self, address: Any, states: Tensor | None) -> None:
+        """Writes the new tokens' positions, and the policy's numbers if it has any, at an address of all layers."""
+        slots = self.slots
+        slots.positions = self.ops.write(slots.positions, address, self.positions)
         if slots.state is not None and states is not None:
-            slots.state = ops.write(slots.state, address, states)
+            slots.state = self.ops.write(slots.state, address, states)
 
     def _finish_block(self, states: Tensor | None) -> None:
         slots, ops = self.slots, self.ops
-        address = ops.address(self.appended)
-        slots.positions = ops.write(slots.positions, address, self.positions)
-        if slots.state is not None and states is not None:
-            slots.state = ops.write(slots.state, address, states)
-        state = None if slots.state is None else ops.view(slots.state)
+        state = self._append_numbers(states)
         view = self._view(state)
         if state is not None and view.state is not None and view.state is not state:
             slots.state = ops.overwrite(slots.state, view.state)

@@ -70,6 +70,8 @@ class _LayerAddress(Address):
 class ExecuTorchOps:
     """Slots are stored as [H, S, 1, width], the layout that the custom operators take, and written in place."""
 
+    fuses = False
+
     def allocate(self, heads: int, slots: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(heads, slots, 1, max(width, 1), dtype=dtype)
 
@@ -117,8 +119,8 @@ class ExecuTorchOps:
         scaled = left if scaling == 1.0 else left * scaling
         return torch.bmm(scaled, right.transpose(1, 2) if transpose else right)
 
-    def attend(self, *tensors: Any) -> None:
-        return None
+    def attend(self, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError("attention is spelled out")
 
     def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
         # In a delegate all but the maximum: comparing and selecting cost several times as much in the portable kernels.

@@ -21,6 +21,8 @@ class OnnxOps:
     tensor, as ONNX has no mutation.
     """
 
+    fuses = True
+
     def allocate(self, heads: int, slots: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros((1, heads, slots, width) if width else (heads, slots), dtype=dtype)
 

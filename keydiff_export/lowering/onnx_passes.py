@@ -186,7 +186,7 @@ def _initializer(name: str, numbers: np.ndarray) -> ir.Value:
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Everything that used the old value uses the new one, which has its name, type and shape; graph outputs as well."""
+    """Whatever used the old value uses the new one, which has its name, type and shape; graph outputs as well."""
     new.dtype, new.shape = old.dtype, old.shape
     new.name, old.name = old.name, f"{old.name}_before"
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
