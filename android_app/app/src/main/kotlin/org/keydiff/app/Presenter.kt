@@ -10,6 +10,7 @@ import org.keydiff.core.ExportFolder
 import org.keydiff.core.History
 import org.keydiff.core.Progress
 import org.keydiff.core.ReadingStopped
+import org.keydiff.core.Speed
 import org.keydiff.core.TextTokenizer
 import org.keydiff.core.Turn
 import org.keydiff.core.UserError
@@ -44,7 +45,7 @@ class Presenter(
     private var stoppable = false
     private var status = "Open a folder made by keydiff-export to begin"
     private var progress: Int? = null
-    private var speed = ""
+    private var speed = speedLine(null, null, null)
     private var asking = ""
     private var answering = ""
     private var answers = 0
@@ -65,6 +66,9 @@ class Presenter(
     fun detach() {
         screen = null
     }
+
+    /** Shows the present state again: memory changes without anybody doing anything. */
+    fun refresh() = render()
 
     /** Copies a chosen folder into the app's storage and opens it. */
     fun import(source: SourceFolder) = work("Copying ${source.name}") {
@@ -98,7 +102,7 @@ class Presenter(
             show {
                 asking = question.ifBlank { document?.first.orEmpty() }
                 answering = ""
-                speed = ""
+                speed = speedLine(null, null, null)
                 progress = 0
             }
             try {
@@ -122,7 +126,7 @@ class Presenter(
         if (busy) return
         model.conversation.reset()
         show {
-            speed = ""
+            speed = speedLine(null, null, null)
             status = "The context is empty"
         }
     }
@@ -141,12 +145,14 @@ class Presenter(
     private inner class Watcher : Progress {
         override fun onRead(read: Int, total: Int, tokensPerSecond: Double, meter: ContextMeter) = show {
             progress = thousandths(read.toLong(), total.toLong())
-            speed = rate(tokensPerSecond)
-            status = "Reading $read of $total tokens"
+            speed = speedLine(null, tokensPerSecond, null)
+            // The same line at every block: TalkBack reads it aloud once. How far it is, bar and meter say.
+            status = "Reading $total tokens"
         }
 
-        override fun onAnswer(piece: String, meter: ContextMeter) = show {
+        override fun onAnswer(piece: String, speed: Speed, meter: ContextMeter) = show {
             progress = null
+            this@Presenter.speed = speedLine(speed)
             status = "Answering"
             answering += piece
         }
@@ -163,11 +169,7 @@ class Presenter(
             document = null
             asking = ""
             answering = ""
-            speed = listOfNotNull(
-                "TTFT ${decimal(answer.secondsToFirstToken)} s",
-                "read ${rate(answer.prefillTokensPerSecond)}",
-                answer.decodeTokensPerSecond?.let { "answer ${rate(it)}" },
-            ).joinToString(" · ")
+            speed = speedLine(answer.speed)
             status = when (answer.ending) {
                 Ending.END_OF_TEXT -> "Done"
                 Ending.TOKEN_LIMIT -> "Stopped at the longest answer allowed in the settings"
@@ -177,8 +179,8 @@ class Presenter(
     }
 
     private fun figures(answer: Answer): String {
-        val decode = answer.decodeTokensPerSecond?.let { ", answer ${rate(it)}" }.orEmpty()
-        return "${answer.promptTokens} tokens read in ${decimal(answer.secondsToFirstToken)} s, " +
+        val decode = answer.speed.decodeTokensPerSecond?.let { ", answer ${rate(it)}" }.orEmpty()
+        return "${answer.promptTokens} tokens read in ${decimal(answer.speed.secondsToFirstToken)} s, " +
             "${answer.tokens.size} answered$decode, ${answer.meter.evicted} evicted"
     }
 
@@ -277,10 +279,20 @@ class Presenter(
 
     private fun decimal(value: Double) = String.format(Locale.ROOT, "%.1f", value)
 
+    private fun speedLine(speed: Speed) =
+        speedLine(speed.secondsToFirstToken, speed.prefillTokensPerSecond, speed.decodeTokensPerSecond)
+
+    private fun speedLine(firstToken: Double?, prefill: Double?, decode: Double?) = listOf(
+        "TTFT ${firstToken?.let { "${decimal(it)} s" } ?: NOT_YET}",
+        "read ${prefill?.let(::rate) ?: NOT_YET}",
+        "answer ${decode?.let(::rate) ?: NOT_YET}",
+    ).joinToString(" · ")
+
     private fun rate(value: Double) = "${decimal(value)} tokens/s"
 
     private companion object {
         const val SHOWN_TURNS = 20
         const val SHOWN_QUESTION = 300
+        const val NOT_YET = "–"
     }
 }
