@@ -39,6 +39,9 @@ class Presenter(
         private set
 
     private var loaded: Loaded? = null
+
+    /** The folder that was opened last, also when the engine that was chosen for it could not be loaded. */
+    private var opened: ExportFolder? = null
     private var screen: ((UiState) -> Unit)? = null
     private var document: Pair<String, String>? = null
     private var busy = false
@@ -54,8 +57,8 @@ class Presenter(
         log.add(device.description)
     }
 
-    /** Runtimes that the open folder has artifacts for. */
-    val runtimes: List<String> get() = loaded?.folder?.manifest?.artifacts?.map { it.runtime }?.distinct().orEmpty()
+    /** Runtimes that the open folder has artifacts for, also while none of them is loaded: another can be chosen. */
+    val runtimes: List<String> get() = opened?.manifest?.artifacts?.map { it.runtime }?.distinct().orEmpty()
 
     /** Shows the present state on [screen] and every later one. */
     fun attach(screen: (UiState) -> Unit) {
@@ -138,7 +141,7 @@ class Presenter(
         val reload = settings.runtime != this.settings.runtime
         this.settings = settings
         store.save(settings)
-        val folder = loaded?.folder?.path
+        val folder = opened?.path
         if (reload && folder != null) open(folder) else render()
     }
 
@@ -186,7 +189,9 @@ class Presenter(
 
     private fun load(path: File) {
         unload()
+        show { opened = null }
         val folder = ExportFolder.open(path) { name -> show { status = "Checking $name" } }
+        show { opened = folder }
         val wanted = settings.runtime?.takeIf { runtime -> folder.manifest.artifacts.any { it.runtime == runtime } }
         val artifact = folder.artifactFor(wanted ?: folder.manifest.artifacts.first().runtime)
         folder.checkMemory(artifact, device.availableBytes())

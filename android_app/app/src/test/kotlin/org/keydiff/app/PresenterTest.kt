@@ -211,6 +211,18 @@ class PresenterTest {
     }
 
     @Test
+    fun `where one engine cannot be loaded another can be chosen`() {
+        device.available = 1000
+        open()
+        assertFalse(state.canAsk)
+        assertEquals(listOf("onnxruntime"), presenter.runtimes)
+        device.available = 4_000_000_000
+        presenter.change(AppSettings(runtime = "onnxruntime"))
+        work()
+        assertEquals("Ready: fake engine", state.status)
+    }
+
+    @Test
     fun `another engine is loaded in place of the old one`() {
         open()
         presenter.change(AppSettings(runtime = "onnxruntime"))
