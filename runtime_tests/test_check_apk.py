@@ -6,11 +6,20 @@ import struct
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import check_apk
+
+BADGING = check_apk._badging
+SOUND = """package: name='org.keydiff.app' versionCode='1' versionName='0.1.0'
+sdkVersion:'26'
+targetSdkVersion:'34'
+launchable-activity: name='org.keydiff.app.MainActivity'  label='' icon=''
+native-code: 'arm64-v8a' 'x86_64'
+"""
 
 
 def elf(alignment: int) -> bytes:
@@ -69,6 +78,33 @@ def test_a_missing_library_is_found(tmp_path: Path) -> None:
     found = check_apk.problems_of_package(tmp_path / "a.apk", None)
     assert any("native libraries are" in problem for problem in found)
     assert "the manifest's schema is missing" in found
+
+
+@pytest.mark.parametrize(
+    ("sound", "changed", "problem"),
+    [
+        ("", "", None),
+        (
+            "sdkVersion:'26'",
+            "uses-permission: name='android.permission.INTERNET'\nsdkVersion:'26'",
+            "asks for a permission: uses-permission: name='android.permission.INTERNET'",
+        ),
+        ("\nsdkVersion:'26'", "\nsdkVersion:'28'", "badging lacks sdkVersion:'26'"),
+        (" 'x86_64'", "", "badging lacks native-code: 'arm64-v8a' 'x86_64'"),
+    ],
+)
+def test_badging(monkeypatch: pytest.MonkeyPatch, sound: str, changed: str, problem: str | None) -> None:
+    text = SOUND.replace(sound, changed) if sound else SOUND
+    monkeypatch.setattr(check_apk.subprocess, "run", lambda *command, **options: SimpleNamespace(stdout=text))
+    assert BADGING(Path("a.apk")) == ([] if problem is None else [problem])
+
+
+def test_operators_that_the_library_lacks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apk = build(tmp_path / "a.apk")
+    # Every ELF file says so of itself; no library of ours has the other.
+    monkeypatch.setattr(check_apk, "operators", lambda program: ["ELF", "aten::no_such.out"])
+    found = check_apk.problems_of_package(apk, tmp_path / "model.pte")
+    assert found == [f"lib/{abi}/libexecutorch.so has no aten::no_such.out" for abi in check_apk.ABIS]
 
 
 def test_missing_references_are_found_and_known_ones_are_not() -> None:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the Android scripts, from the root of the clone: a JDK, Maven and pinned files, kept between clones.
 # Environment: KEYDIFF_CACHE (default ~/.cache/keydiff-export).
 
@@ -24,8 +25,8 @@ maven() {
 
 # pinned NAME: the path of a file of android_app/pinned.txt, fetched once and checked against its SHA-256.
 pinned() {
-    local name source coordinates checksum file fresh
-    read -r name source coordinates checksum < <(grep "^$1 " android_app/pinned.txt)
+    local source coordinates checksum file fresh
+    read -r _ source coordinates checksum < <(grep "^$1 " android_app/pinned.txt)
     case "$source" in maven) file="${coordinates##*:}" ;; *) file=tgz ;; esac
     file="$android_cache/pinned/$checksum.$file"
     if [ ! -f "$file" ]; then

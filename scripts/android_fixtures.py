@@ -21,7 +21,7 @@ from keydiff_export.spec import ExportSpec
 from keydiff_export.text import long_text
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "runtime_tests"))
-from conftest import build_model
+from conftest import build_model, export_npu
 
 TINY_BUDGET, TINY_BLOCK = 16, 8
 # Tokenizer cases: contractions, digits, blanks of all kinds, scripts, emoji, marks, the special tokens as text.
@@ -42,9 +42,9 @@ LLAMA3_SPLIT = (
 )
 
 
-def run(folder: OutputFolder, prompt: str, tokens: int, raw: bool) -> dict[str, Any]:
-    """A case: the question and the answer that ONNX Runtime gives in Python."""
-    result = keydiff_export.generate(folder, prompt, max_new_tokens=tokens, runtime="onnxruntime", raw=raw)
+def run(folder: OutputFolder, prompt: str, tokens: int, raw: bool, runtime: str = "onnxruntime") -> dict[str, Any]:
+    """A case: the question and the answer that ONNX Runtime, or another runtime, gives in Python."""
+    result = keydiff_export.generate(folder, prompt, max_new_tokens=tokens, runtime=runtime, raw=raw)
     picked = ("prompt_tokens", "token_ids", "text", "evictions", "cache_slots")
     answer = {key: value for key, value in dataclasses.asdict(result).items() if key in picked}
     return {"folder": str(folder.path), "prompt": prompt, "raw": raw, "max_new_tokens": tokens, **answer}
@@ -108,9 +108,12 @@ def main() -> None:
         )
         for dtype in ("float16", "int8")
     ]
+    # With float32 arithmetic, which the JVM has for the NPU's graphs, they give the eager reference's tokens.
+    npu = export_npu(model, options.output / "npu", "onnx-qnn", "fp16", name="npu")
     text = long_text()
     cases = [run(tiny, text[: 40 + length], 24, raw) for length in range(10) for raw in (True, False)]
     cases += [run(folder, text[:45], 24, raw=True) for folder in packed]
+    cases += [run(npu, text[: 40 + length], 24, raw=True, runtime="eager") for length in range(10)]
     encodings = encode(tiny.path) + encode(train_tokenizer(options.output / "trained"))
     if options.demo is not None:
         demo = keydiff_export.load(options.demo)
@@ -120,7 +123,7 @@ def main() -> None:
         cases.append(run(demo, tokenizer.decode(ids[:1003]), 64, raw=True))
         cases += [run(demo, "What is the capital of France?", 64, raw=False)]
         encodings += encode(demo.path)
-    content = {"tiny": str(tiny.path), "cases": cases, "encodings": encodings}
+    content = {"tiny": str(tiny.path), "npu": str(npu.path), "cases": cases, "encodings": encodings}
     (options.output / "expected.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

@@ -5,7 +5,9 @@ import org.keydiff.core.ByteLevelBpe
 import org.keydiff.core.DjlTokenizer
 import org.keydiff.core.Engine
 import org.keydiff.core.ExportFolder
+import org.keydiff.core.ONNX_QNN
 import org.keydiff.core.OrtEngine
+import org.keydiff.core.OrtNpuEngine
 import org.keydiff.core.TextTokenizer
 import org.keydiff.core.UserError
 import java.io.File
@@ -29,7 +31,8 @@ object AndroidEngines : Engines {
                     }
                     ExecuTorchEngine(File(place, "model.pte"), folder.manifest.cache)
                 }
-                "onnxruntime" -> OrtEngine(place, folder.manifest.cache, qnn = artifact.target.endsWith("qnn"))
+                "onnxruntime" -> OrtEngine(place, folder.manifest.cache)
+                ONNX_QNN -> OrtNpuEngine(place, folder.manifest.cache)
                 else -> throw UserError("this app has no engine for ${artifact.runtime}: install a newer one")
             }
         } catch (error: LinkageError) {

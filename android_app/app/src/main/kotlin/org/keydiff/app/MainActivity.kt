@@ -3,8 +3,13 @@ package org.keydiff.app
 import android.app.Activity
 import android.app.AlertDialog
 import android.content.ActivityNotFoundException
+import android.content.ClipboardManager
 import android.content.Intent
 import android.os.Bundle
+import android.os.Handler
+import android.os.Looper
+import android.text.Editable
+import android.text.TextWatcher
 import android.view.View
 import android.view.WindowManager
 import android.widget.Button
@@ -14,12 +19,20 @@ import android.widget.ProgressBar
 import android.widget.ScrollView
 import android.widget.TextView
 import android.widget.Toast
+import org.keydiff.core.UserError
 
 /** The one screen: shows the presenter's state and hands it what people do. */
 class MainActivity : Activity() {
     private val reader get() = application as ReaderApplication
     private val presenter get() = reader.presenter
     private var shown: UiState? = null
+    private val clock = Handler(Looper.getMainLooper())
+    private val tick = object : Runnable {
+        override fun run() {
+            presenter.refresh()
+            clock.postDelayed(this, TICK_MILLIS)
+        }
+    }
 
     override fun onCreate(state: Bundle?) {
         super.onCreate(state)
@@ -30,14 +43,23 @@ class MainActivity : Activity() {
         button(R.id.stop).setOnClickListener { presenter.stop() }
         button(R.id.reset).setOnClickListener { presenter.reset() }
         button(R.id.more).setOnClickListener(::showMenu)
+        findViewById<EditText>(R.id.question).addTextChangedListener(object : TextWatcher {
+            override fun beforeTextChanged(text: CharSequence, start: Int, count: Int, after: Int) = Unit
+
+            override fun onTextChanged(text: CharSequence, start: Int, before: Int, count: Int) = Unit
+
+            override fun afterTextChanged(field: Editable) = moveLongText(field)
+        })
     }
 
     override fun onStart() {
         super.onStart()
         presenter.attach(::render)
+        clock.postDelayed(tick, TICK_MILLIS)
     }
 
     override fun onStop() {
+        clock.removeCallbacks(tick)
         presenter.detach()
         super.onStop()
     }
@@ -76,7 +98,33 @@ class MainActivity : Activity() {
             presenter.removeText()
             return
         }
-        pick(Intent(Intent.ACTION_OPEN_DOCUMENT).addCategory(Intent.CATEGORY_OPENABLE).setType("text/*"), PICK_TEXT)
+        val sources = listOf<Pair<Int, () -> Unit>>(
+            R.string.text_paste to ::pasteText,
+            R.string.text_pick to {
+                pick(Intent(Intent.ACTION_OPEN_DOCUMENT).addCategory(Intent.CATEGORY_OPENABLE).setType("text/*"), PICK_TEXT)
+            },
+        )
+        AlertDialog.Builder(this)
+            .setTitle(R.string.text_title)
+            .setItems(sources.map { (title, _) -> getString(title) }.toTypedArray()) { _, chosen -> sources[chosen].second() }
+            .show()
+    }
+
+    private fun pasteText() {
+        val clip = getSystemService(ClipboardManager::class.java).primaryClip
+        val text = clip?.takeIf { it.itemCount > 0 }?.getItemAt(0)?.coerceToText(this)?.toString().orEmpty()
+        presenter.openText(getString(R.string.text_pasted)) {
+            text.ifBlank { throw UserError("the clipboard holds no text: copy one first") }
+        }
+    }
+
+    /** A long text pasted as a question is a text to ask about: Android saves a field with the screen, and has no room for books. */
+    private fun moveLongText(field: Editable) {
+        findViewById<EditText>(R.id.question).isSaveEnabled = field.length <= LONGEST_QUESTION
+        if (field.length <= LONGEST_QUESTION || shown?.canOpen != true) return
+        val text = field.toString()
+        field.clear()
+        presenter.openText(getString(R.string.text_pasted)) { text }
     }
 
     private fun pick(intent: Intent, request: Int) = try {
@@ -111,7 +159,7 @@ class MainActivity : Activity() {
         write(R.id.memory, state.memory)
         write(R.id.status, state.status)
         write(R.id.document, state.document ?: getString(R.string.text_none))
-        button(R.id.text).setText(if (state.document == null) R.string.text else R.string.text_clear)
+        write(R.id.text, getString(if (state.document == null) R.string.text else R.string.text_clear))
         button(R.id.open).isEnabled = state.canOpen
         button(R.id.ask).isEnabled = state.canAsk
         button(R.id.stop).isEnabled = state.canStop
@@ -139,6 +187,8 @@ class MainActivity : Activity() {
     private companion object {
         const val PICK_MODEL = 1
         const val PICK_TEXT = 2
+        const val TICK_MILLIS = 2000L
+        const val LONGEST_QUESTION = 10_000
         const val KEEP_ON = WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON
     }
 }

@@ -10,6 +10,7 @@ import org.keydiff.core.ExportFolder
 import org.keydiff.core.History
 import org.keydiff.core.Progress
 import org.keydiff.core.ReadingStopped
+import org.keydiff.core.Speed
 import org.keydiff.core.TextTokenizer
 import org.keydiff.core.Turn
 import org.keydiff.core.UserError
@@ -38,13 +39,16 @@ class Presenter(
         private set
 
     private var loaded: Loaded? = null
+
+    /** The folder that was opened last, also when the engine that was chosen for it could not be loaded. */
+    private var opened: ExportFolder? = null
     private var screen: ((UiState) -> Unit)? = null
     private var document: Pair<String, String>? = null
     private var busy = false
     private var stoppable = false
     private var status = "Open a folder made by keydiff-export to begin"
     private var progress: Int? = null
-    private var speed = ""
+    private var speed = speedLine(null, null, null)
     private var asking = ""
     private var answering = ""
     private var answers = 0
@@ -53,8 +57,8 @@ class Presenter(
         log.add(device.description)
     }
 
-    /** Runtimes that the open folder has artifacts for. */
-    val runtimes: List<String> get() = loaded?.folder?.manifest?.artifacts?.map { it.runtime }?.distinct().orEmpty()
+    /** Runtimes that the open folder has artifacts for, also while none of them is loaded: another can be chosen. */
+    val runtimes: List<String> get() = opened?.manifest?.artifacts?.map { it.runtime }?.distinct().orEmpty()
 
     /** Shows the present state on [screen] and every later one. */
     fun attach(screen: (UiState) -> Unit) {
@@ -65,6 +69,9 @@ class Presenter(
     fun detach() {
         screen = null
     }
+
+    /** Shows the present state again: memory changes without anybody doing anything. */
+    fun refresh() = render()
 
     /** Copies a chosen folder into the app's storage and opens it. */
     fun import(source: SourceFolder) = work("Copying ${source.name}") {
@@ -98,7 +105,7 @@ class Presenter(
             show {
                 asking = question.ifBlank { document?.first.orEmpty() }
                 answering = ""
-                speed = ""
+                speed = speedLine(null, null, null)
                 progress = 0
             }
             try {
@@ -122,7 +129,7 @@ class Presenter(
         if (busy) return
         model.conversation.reset()
         show {
-            speed = ""
+            speed = speedLine(null, null, null)
             status = "The context is empty"
         }
     }
@@ -134,19 +141,21 @@ class Presenter(
         val reload = settings.runtime != this.settings.runtime
         this.settings = settings
         store.save(settings)
-        val folder = loaded?.folder?.path
+        val folder = opened?.path
         if (reload && folder != null) open(folder) else render()
     }
 
     private inner class Watcher : Progress {
         override fun onRead(read: Int, total: Int, tokensPerSecond: Double, meter: ContextMeter) = show {
             progress = thousandths(read.toLong(), total.toLong())
-            speed = rate(tokensPerSecond)
-            status = "Reading $read of $total tokens"
+            speed = speedLine(null, tokensPerSecond, null)
+            // The same line at every block: TalkBack reads it aloud once. How far it is, bar and meter say.
+            status = "Reading $total tokens"
         }
 
-        override fun onAnswer(piece: String, meter: ContextMeter) = show {
+        override fun onAnswer(piece: String, speed: Speed, meter: ContextMeter) = show {
             progress = null
+            this@Presenter.speed = speedLine(speed)
             status = "Answering"
             answering += piece
         }
@@ -163,11 +172,7 @@ class Presenter(
             document = null
             asking = ""
             answering = ""
-            speed = listOfNotNull(
-                "TTFT ${decimal(answer.secondsToFirstToken)} s",
-                "read ${rate(answer.prefillTokensPerSecond)}",
-                answer.decodeTokensPerSecond?.let { "answer ${rate(it)}" },
-            ).joinToString(" · ")
+            speed = speedLine(answer.speed)
             status = when (answer.ending) {
                 Ending.END_OF_TEXT -> "Done"
                 Ending.TOKEN_LIMIT -> "Stopped at the longest answer allowed in the settings"
@@ -177,14 +182,16 @@ class Presenter(
     }
 
     private fun figures(answer: Answer): String {
-        val decode = answer.decodeTokensPerSecond?.let { ", answer ${rate(it)}" }.orEmpty()
-        return "${answer.promptTokens} tokens read in ${decimal(answer.secondsToFirstToken)} s, " +
+        val decode = answer.speed.decodeTokensPerSecond?.let { ", answer ${rate(it)}" }.orEmpty()
+        return "${answer.promptTokens} tokens read in ${decimal(answer.speed.secondsToFirstToken)} s, " +
             "${answer.tokens.size} answered$decode, ${answer.meter.evicted} evicted"
     }
 
     private fun load(path: File) {
         unload()
+        show { opened = null }
         val folder = ExportFolder.open(path) { name -> show { status = "Checking $name" } }
+        show { opened = folder }
         val wanted = settings.runtime?.takeIf { runtime -> folder.manifest.artifacts.any { it.runtime == runtime } }
         val artifact = folder.artifactFor(wanted ?: folder.manifest.artifacts.first().runtime)
         folder.checkMemory(artifact, device.availableBytes())
@@ -277,10 +284,20 @@ class Presenter(
 
     private fun decimal(value: Double) = String.format(Locale.ROOT, "%.1f", value)
 
+    private fun speedLine(speed: Speed) =
+        speedLine(speed.secondsToFirstToken, speed.prefillTokensPerSecond, speed.decodeTokensPerSecond)
+
+    private fun speedLine(firstToken: Double?, prefill: Double?, decode: Double?) = listOf(
+        "TTFT ${firstToken?.let { "${decimal(it)} s" } ?: NOT_YET}",
+        "read ${prefill?.let(::rate) ?: NOT_YET}",
+        "answer ${decode?.let(::rate) ?: NOT_YET}",
+    ).joinToString(" · ")
+
     private fun rate(value: Double) = "${decimal(value)} tokens/s"
 
     private companion object {
         const val SHOWN_TURNS = 20
         const val SHOWN_QUESTION = 300
+        const val NOT_YET = "–"
     }
 }

@@ -19,6 +19,8 @@ class ReaderApplication : Application() {
         // Before ONNX Runtime is loaded: its Android package reports usage otherwise.
         Os.setenv("ORT_DISABLE_TELEMETRY", "1", true)
         presenter = presenter(AndroidEngines, Executors.newSingleThreadExecutor())
+        // Makes the folder: one that adb made would belong to the shell, and the app could not read it.
+        getExternalFilesDir(MODELS)
     }
 
     /** A presenter over this app's files. */

@@ -57,6 +57,7 @@ class PresenterTest {
         assertTrue(state.canOpen)
         assertFalse(state.canAsk || state.canStop || state.canReset)
         assertNull(state.progress)
+        assertEquals("TTFT – · read – · answer –", state.speed)
     }
 
     @Test
@@ -102,11 +103,15 @@ class PresenterTest {
         assertTrue(state.canStop)
         assertFalse(state.canAsk || state.canOpen || state.canReset)
         work()
-        val reading = states.filter { it.status.startsWith("Reading ") }
-        assertEquals((reading.indices).map { minOf(8 * (it + 1), 41) }, reading.map { it.status.split(" ")[1].toInt() })
+        val reading = states.filter { it.status == "Reading 41 tokens" }
+        assertEquals((reading.indices).map { minOf(8 * (it + 1), 41) }, reading.map { it.meter.split(" ")[1].toInt() })
+        assertTrue(reading.all { Regex("TTFT – · read .* tokens/s · answer –").matches(it.speed) })
         assertEquals(listOf(195, 390, 585, 780, 975, 1000), reading.map { it.progress })
         val answering = states.filter { it.status == "Answering" }.map { it.transcript.substringAfter('\n') }
         assertEquals(listOf("P", "Pa", "Par", "Pari", "Paris", "Paris.", "Paris."), answering)
+        val speeds = states.filter { it.status == "Answering" }.map { it.speed }
+        assertTrue(speeds.first(), Regex("TTFT .* s · read .* tokens/s · answer –").matches(speeds.first()))
+        assertTrue("while it answers", speeds.drop(1).all { Regex("TTFT .* s · read .* tokens/s · answer .* tokens/s").matches(it) })
         assertEquals("Done", state.status)
         assertNull(state.progress)
         assertEquals("Read 47 · held 16 of 16 · evicted 31", state.meter)
@@ -130,7 +135,7 @@ class PresenterTest {
     @Test
     fun `stop ends the reading and empties the context`() {
         open()
-        presenter.attach { states += it; if (it.status.startsWith("Reading 16")) presenter.stop() }
+        presenter.attach { states += it; if (it.meter.startsWith("Read 16")) presenter.stop() }
         presenter.ask("x".repeat(500))
         work()
         assertEquals("Stopped after 16 of 511 tokens; nothing is kept", state.status)
@@ -206,6 +211,18 @@ class PresenterTest {
     }
 
     @Test
+    fun `where one engine cannot be loaded another can be chosen`() {
+        device.available = 1000
+        open()
+        assertFalse(state.canAsk)
+        assertEquals(listOf("onnxruntime"), presenter.runtimes)
+        device.available = 4_000_000_000
+        presenter.change(AppSettings(runtime = "onnxruntime"))
+        work()
+        assertEquals("Ready: fake engine", state.status)
+    }
+
+    @Test
     fun `another engine is loaded in place of the old one`() {
         open()
         presenter.change(AppSettings(runtime = "onnxruntime"))
@@ -253,6 +270,16 @@ class PresenterTest {
         val artifact = folder.artifactFor("onnxruntime").copy(runtime = "executorch")
         val error = assertThrows(UserError::class.java) { AndroidEngines.open(folder, artifact) }
         assertTrue(error.message!!.endsWith("has no method forward: export it again without `stock_runner: false`"))
+    }
+
+    @Test
+    fun `every runtime has its engine or one line`() {
+        val folder = ExportFolder.open(tinyFolder)
+        val artifact = folder.artifactFor("onnxruntime")
+        fun refusal(runtime: String) =
+            assertThrows(UserError::class.java) { AndroidEngines.open(folder, artifact.copy(runtime = runtime)) }.message
+        assertEquals("this build of ONNX Runtime has no QNN provider: choose another engine in the settings", refusal("onnx-qnn"))
+        assertEquals("this app has no engine for executorch-qnn: install a newer one", refusal("executorch-qnn"))
     }
 
     @Test

@@ -22,22 +22,23 @@ interface Progress {
     /** After each block of the prompt: tokens of this prompt read, of [total], and tokens a second. */
     fun onRead(read: Int, total: Int, tokensPerSecond: Double, meter: ContextMeter) {}
 
-    /** After each generated token: the text that became whole with it, perhaps none. */
-    fun onAnswer(piece: String, meter: ContextMeter) {}
+    /** After each generated token: the text that became whole with it, perhaps none, and how fast it went so far. */
+    fun onAnswer(piece: String, speed: Speed, meter: ContextMeter) {}
 }
 
 /** Why an answer ended. */
 enum class Ending { END_OF_TEXT, TOKEN_LIMIT, STOPPED }
 
-/** An answer and its figures; [decodeTokensPerSecond] is null for answers of one token. */
+/** How fast an answer came; [decodeTokensPerSecond] is null until there are two tokens. */
+data class Speed(val secondsToFirstToken: Double, val prefillTokensPerSecond: Double, val decodeTokensPerSecond: Double?)
+
+/** An answer and its figures. */
 class Answer(
     val promptTokens: Int,
     val tokens: List<Long>,
     val text: String,
     val ending: Ending,
-    val secondsToFirstToken: Double,
-    val prefillTokensPerSecond: Double,
-    val decodeTokensPerSecond: Double?,
+    val speed: Speed,
     val meter: ContextMeter,
 )
 
@@ -140,15 +141,23 @@ class Conversation(
         var ending = Ending.TOKEN_LIMIT
         val afterPrompt = nanoTime()
         var firstToken = afterPrompt
+        var speed = Speed(seconds(began, afterPrompt), promptTokens / seconds(began, afterPrompt), null)
         for (number in 0 until settings.maxNewTokens) {
             val token = sampler.choose(logits)
             if (token in manifest.model.eosTokenIds) {
                 ending = Ending.END_OF_TEXT
                 break
             }
-            if (number == 0) firstToken = nanoTime()
             unread = longArrayOf(token)
-            progress.onAnswer(text.add(token), engine.meter)
+            val piece = text.add(token)
+            val now = nanoTime()
+            if (number == 0) {
+                firstToken = now
+                speed = speed.copy(secondsToFirstToken = seconds(began, now))
+            } else {
+                speed = speed.copy(decodeTokensPerSecond = number / seconds(firstToken, now))
+            }
+            progress.onAnswer(piece, speed, engine.meter)
             if (stopping.get()) {
                 ending = Ending.STOPPED
                 break
@@ -158,19 +167,8 @@ class Conversation(
                 unread = longArrayOf()
             }
         }
-        val ended = nanoTime()
-        progress.onAnswer(text.finish(), engine.meter)
-        val decoded = text.tokens.size - 1
-        return Answer(
-            promptTokens,
-            text.tokens,
-            text.text,
-            ending,
-            seconds(began, firstToken),
-            promptTokens / seconds(began, afterPrompt),
-            if (decoded > 0) decoded / seconds(firstToken, ended) else null,
-            engine.meter,
-        )
+        progress.onAnswer(text.finish(), speed, engine.meter)
+        return Answer(promptTokens, text.tokens, text.text, ending, speed, engine.meter)
     }
 
     private fun seconds(from: Long, to: Long): Double = maxOf(to - from, 1) / 1e9

@@ -44,6 +44,9 @@ data class CacheShape(
 @Serializable
 data class FileEntry(val path: String, val bytes: Long, val sha256: String)
 
+/** The runtime of artifacts for Qualcomm's NPU through ONNX Runtime. */
+const val ONNX_QNN = "onnx-qnn"
+
 @Serializable
 data class Artifact(
     val target: String,
@@ -57,10 +60,15 @@ data class Artifact(
     /**
      * Memory that this artifact may take once it is loaded. ExecuTorch plans its activations and caches at export and
      * says so. ONNX Runtime does not: it repacks the weights for each of its two sessions, and what it works in, of which
-     * no file tells, is taken to be at most as large as the weights once more.
+     * no file tells, is taken to be at most as large as the weights once more. For the NPU, whose weights are compiled
+     * already, it is taken to be all files and both copies of the cache.
      */
     fun memoryBytes(): Long {
         val weights = files.sumOf { it.bytes }
-        return if (plannedMemoryBytes != null) weights + plannedMemoryBytes else 3 * weights + 2 * cacheBytes
+        return when {
+            plannedMemoryBytes != null -> weights + plannedMemoryBytes
+            runtime == ONNX_QNN -> weights + 2 * cacheBytes
+            else -> 3 * weights + 2 * cacheBytes
+        }
     }
 }

@@ -1,22 +1,13 @@
 package org.keydiff.core
 
-import ai.onnxruntime.OnnxJavaType
 import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OrtEnvironment
 import ai.onnxruntime.OrtException
-import ai.onnxruntime.OrtLoggingLevel
-import ai.onnxruntime.OrtProvider
 import ai.onnxruntime.OrtSession
 import ai.onnxruntime.TensorInfo
 import java.io.File
-import java.nio.ByteBuffer
-import java.nio.ByteOrder
-import java.nio.FloatBuffer
-import java.nio.LongBuffer
 
-private const val NEXT = "_next"
 private const val APPENDED = "_appended"
-private const val LOGITS = "logits"
 
 /**
  * Runs `prefill.onnx` and `decode.onnx` over one set of cache buffers. Each buffer is passed as a graph input and pinned
@@ -25,25 +16,23 @@ private const val LOGITS = "logits"
  *
  * @param folder holds prefill.onnx, decode.onnx and their weights.
  * @param threads CPU threads; 0 lets ONNX Runtime choose.
- * @param qnn run on Qualcomm's NPU through the QNN execution provider, with no fallback to the CPU.
- * @throws UserError ONNX Runtime refuses a file or has no QNN provider, or more than one generated token leaves at once.
+ * @throws UserError ONNX Runtime refuses a file, or more than one generated token leaves at once.
  */
-class OrtEngine(folder: File, shape: CacheShape, threads: Int = 0, private val qnn: Boolean = false) :
-    Engine(shape.budget, shape.block) {
+class OrtEngine(folder: File, shape: CacheShape, threads: Int = 0) : Engine(shape.budget, shape.block) {
 
-    private val environment: OrtEnvironment = OrtEnvironment.getEnvironment().apply { setTelemetry(false) }
-    private val state = mutableMapOf<String, OnnxTensor>()
+    private val environment: OrtEnvironment = ortEnvironment()
+    private val state = mutableMapOf<String, Buffer>()
     private val prefill: Method
     private val decode: Method
 
     override val description: String
-        get() = "ONNX Runtime ${environment.version} on ${if (qnn) "the NPU (QNN)" else "the CPU"}"
+        get() = "ONNX Runtime ${environment.version} on the CPU"
 
     init {
         if (shape.evictEvery > 1) {
             throw UserError("$folder lets ${shape.evictEvery} generated tokens leave at once, and this app one: export it again with evict_every 1")
         }
-        options(threads).use { options ->
+        ortOptions(threads).use { options ->
             prefill = Method(File(folder, "prefill.onnx"), options)
             decode = Method(File(folder, "decode.onnx"), options)
         }
@@ -55,29 +44,12 @@ class OrtEngine(folder: File, shape: CacheShape, threads: Int = 0, private val q
     override fun close() {
         prefill.close()
         decode.close()
-        state.values.forEach(OnnxTensor::close)
+        state.values.forEach(Buffer::close)
     }
 
     /** A copy of a state tensor's bytes, for tests: e.g. "keys_0". */
-    internal fun stateBytes(name: String): ByteArray = state.getValue(name).byteBuffer.let { buffer ->
-        ByteArray(buffer.remaining()).also(buffer::get)
-    }
-
-    private fun options(threads: Int): OrtSession.SessionOptions {
-        val options = OrtSession.SessionOptions()
-        options.setSessionLogLevel(OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR)
-        // The arena grows in powers of two and gives nothing back: for the demo model a fifth more memory, no more speed.
-        options.setCPUArenaAllocator(false)
-        options.setMemoryPatternOptimization(false)
-        if (threads > 0) options.setIntraOpNumThreads(threads)
-        if (qnn) {
-            if (OrtProvider.QNN !in OrtEnvironment.getAvailableProviders()) {
-                throw UserError("this build of ONNX Runtime has no QNN provider: choose the CPU artifact")
-            }
-            options.addQnn(mapOf("backend_path" to "libQnnHtp.so", "htp_performance_mode" to "burst"))
-            options.addConfigEntry("session.disable_cpu_ep_fallback", "1")
-        }
-        return options
+    internal fun stateBytes(name: String): ByteArray = state.getValue(name).bytes.let { bytes ->
+        ByteArray(bytes.capacity()).also(bytes.duplicate()::get)
     }
 
     /** One session with everything bound that it takes and gives. */
@@ -87,60 +59,44 @@ class OrtEngine(folder: File, shape: CacheShape, threads: Int = 0, private val q
         } catch (error: OrtException) {
             throw UserError("$file is not a model that ONNX Runtime can load: export it again", error)
         }
-        private val owned = mutableListOf<OnnxTensor>()
-        private val longs = mutableMapOf<String, LongBuffer>()
+        private val owned = mutableListOf<Buffer>()
+        private val longs = mutableMapOf<String, Buffer>()
         private val inputs = mutableMapOf<String, OnnxTensor>()
         private val outputs = mutableMapOf<String, OnnxTensor>()
-        private val logitsBuffer: FloatBuffer
+        private val logitsBuffer: Buffer
         private val logits: FloatArray
 
         init {
             for ((name, node) in session.inputInfo) {
                 val info = node.info as TensorInfo
                 inputs[name] = if (name + NEXT in session.outputNames) {
-                    state.getOrPut(name) { tensor(zeros(info), info) }
+                    state.getOrPut(name) { Buffer(environment, info) }.tensor
                 } else {
-                    val buffer = zeros(info)
-                    longs[name] = buffer.asLongBuffer()
-                    tensor(buffer, info).also(owned::add)
+                    buffer(info).also { longs[name] = it }.tensor
                 }
             }
-            val info = session.outputInfo.getValue(LOGITS).info as TensorInfo
-            val buffer = zeros(info)
-            logitsBuffer = buffer.asFloatBuffer()
-            logits = FloatArray(logitsBuffer.capacity())
-            outputs[LOGITS] = tensor(buffer, info).also(owned::add)
+            logitsBuffer = buffer(session.outputInfo.getValue(LOGITS).info as TensorInfo)
+            logits = FloatArray(logitsBuffer.floats.capacity())
+            outputs[LOGITS] = logitsBuffer.tensor
             for (name in session.outputNames - LOGITS) {
-                outputs[name] = state.getValue(name.removeSuffix(NEXT).removeSuffix(APPENDED))
+                outputs[name] = state.getValue(name.removeSuffix(NEXT).removeSuffix(APPENDED)).tensor
             }
         }
 
         fun run(tokens: LongArray, start: Int): FloatArray {
-            longs.getValue("tokens").duplicate().put(tokens)
-            longs.getValue("start").put(0, start.toLong())
-            longs["count"]?.put(0, tokens.size.toLong())
+            longs.getValue("tokens").longs.put(tokens)
+            longs.getValue("start").longs.put(0, start.toLong())
+            longs["count"]?.longs?.put(0, tokens.size.toLong())
             session.run(inputs, outputs).close()
-            logitsBuffer.duplicate().get(logits)
+            logitsBuffer.floats.get(logits)
             return logits
         }
 
+        private fun buffer(info: TensorInfo) = Buffer(environment, info).also(owned::add)
+
         override fun close() {
             session.close()
-            owned.forEach(OnnxTensor::close)
+            owned.forEach(Buffer::close)
         }
     }
-
-    private fun zeros(info: TensorInfo): ByteBuffer {
-        val width = when (info.type) {
-            OnnxJavaType.INT8 -> 1
-            OnnxJavaType.FLOAT16 -> 2
-            OnnxJavaType.FLOAT -> 4
-            else -> 8
-        }
-        val count = info.shape.fold(1L) { product, length -> product * length }
-        return ByteBuffer.allocateDirect(Math.toIntExact(count * width)).order(ByteOrder.nativeOrder())
-    }
-
-    private fun tensor(buffer: ByteBuffer, info: TensorInfo): OnnxTensor =
-        OnnxTensor.createTensor(environment, buffer, info.shape, info.type)
 }

@@ -38,10 +38,15 @@ class Sampler(private val sampling: Sampling) {
         return nucleus.last()
     }
 
-    /** The most likely tokens, as few as reach the wanted mass, the likeliest first. */
+    /** The most likely tokens, as few as reach the wanted mass, the likeliest first; all of them, unsorted, for mass 1. */
     private fun nucleus(weights: DoubleArray): List<Int> {
-        val order = weights.indices.sortedByDescending { weights[it] }
-        val wanted = sampling.topP * weights.sum()
+        if (sampling.topP == 1.0) return weights.indices.toList()
+        val sum = weights.sum()
+        // All tokens below this together miss less than the mass that is left out, so none of them is in the nucleus;
+        // to sort a whole vocabulary for every token would take longer than a step of a small model.
+        val least = (1 - sampling.topP) * sum / weights.size
+        val order = weights.indices.filter { weights[it] >= least }.sortedByDescending { weights[it] }
+        val wanted = sampling.topP * sum
         var mass = 0.0
         val last = order.indexOfFirst { token ->
             mass += weights[token]

@@ -138,7 +138,7 @@ class ConversationTest {
         val engine = script("abcdefgh")
         val conversation = conversation(engine)
         val stopping = object : Progress {
-            override fun onAnswer(piece: String, meter: ContextMeter) {
+            override fun onAnswer(piece: String, speed: Speed, meter: ContextMeter) {
                 if (piece == "c") conversation.stop()
             }
         }
@@ -182,12 +182,18 @@ class ConversationTest {
         var now = 0L
         val engine = script("abcd")
         val conversation = Conversation(engine, Characters, template, manifest) { now.also { now += 1_000_000_000 } }
-        val answer = conversation.ask("0123456789", Settings(), Silent)
-        // Clock readings: start, two blocks, after the prompt, first token, end.
-        assertEquals(4.0, answer.secondsToFirstToken)
-        assertEquals(12 / 3.0, answer.prefillTokensPerSecond)
-        assertEquals(3.0, answer.decodeTokensPerSecond)
-        assertNull(conversation(script("a")).ask("hi", Settings(maxNewTokens = 1), Silent).decodeTokensPerSecond)
+        val heard = mutableListOf<Speed>()
+        val listening = object : Progress {
+            override fun onAnswer(piece: String, speed: Speed, meter: ContextMeter) {
+                heard += speed
+            }
+        }
+        // A second a reading of the clock: start, two blocks, after the prompt, then one a token.
+        val answer = conversation.ask("0123456789", Settings(), listening)
+        assertEquals(Speed(4.0, 12 / 3.0, 1.0), answer.speed)
+        assertEquals(listOf(null, 1.0, 1.0, 1.0, 1.0), heard.map { it.decodeTokensPerSecond })
+        assertTrue(heard.all { it.secondsToFirstToken == 4.0 && it.prefillTokensPerSecond == 4.0 })
+        assertNull(conversation(script("a")).ask("hi", Settings(maxNewTokens = 1), Silent).speed.decodeTokensPerSecond)
     }
 
     @Test

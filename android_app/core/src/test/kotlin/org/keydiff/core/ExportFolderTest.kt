@@ -118,5 +118,6 @@ class ExportFolderTest {
         val files = listOf(FileEntry("a", 100, ""), FileEntry("b", 50, ""))
         assertEquals(157, Artifact("t", "executorch", "int8", files, 5, 7).memoryBytes())
         assertEquals(460, Artifact("t", "onnxruntime", "int8", files, 5, null).memoryBytes())
+        assertEquals(160, Artifact("t", "onnx-qnn", "fp16", files, 5, null).memoryBytes())
     }
 }

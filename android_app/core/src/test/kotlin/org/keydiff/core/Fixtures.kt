@@ -6,7 +6,7 @@ import java.io.File
 
 /** What `scripts/android_fixtures.py` wrote: exported folders, and what `keydiff-export run` says of them. */
 @Serializable
-data class Fixtures(val tiny: String, val cases: List<Case>, val encodings: List<Encoding>) {
+data class Fixtures(val tiny: String, val npu: String, val cases: List<Case>, val encodings: List<Encoding>) {
     companion object {
         val read: Fixtures by lazy {
             val file = System.getProperty("keydiff.fixtures")
@@ -43,8 +43,16 @@ data class Encoding(
 /** The tiny exported folder; opening it checks its checksums. */
 fun openTiny(): ExportFolder = ExportFolder.open(File(Fixtures.read.tiny))
 
-fun ortEngine(folder: ExportFolder): OrtEngine =
-    OrtEngine(File(folder.path, folder.artifactFor("onnxruntime").target), folder.manifest.cache)
+/** The same model for Qualcomm's NPU. */
+fun openNpu(): ExportFolder = ExportFolder.open(File(Fixtures.read.npu))
+
+/** ONNX Runtime on the CPU, also for what is meant for the NPU. */
+fun ortEngine(folder: ExportFolder): Engine {
+    val artifact = folder.manifest.artifacts.first { it.runtime.startsWith("onnx") }
+    val place = File(folder.path, artifact.target)
+    val shape = folder.manifest.cache
+    return if (artifact.runtime == ONNX_QNN) OrtNpuEngine(place, shape, npu = false) else OrtEngine(place, shape)
+}
 
 fun tokenizer(folder: ExportFolder): TextTokenizer = DjlTokenizer(File(folder.path, "tokenizer.json"))
 

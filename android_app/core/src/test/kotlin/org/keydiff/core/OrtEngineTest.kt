@@ -8,6 +8,8 @@ import org.junit.jupiter.api.Assertions.assertTrue
 import org.junit.jupiter.api.Assumptions.assumeTrue
 import org.junit.jupiter.api.Test
 import org.junit.jupiter.api.io.TempDir
+import org.junit.jupiter.params.ParameterizedTest
+import org.junit.jupiter.params.provider.ValueSource
 import java.io.File
 
 class OrtEngineTest {
@@ -16,9 +18,10 @@ class OrtEngineTest {
 
     private fun tokens(count: Int, seed: Int = 0) = LongArray(count) { 4L + (it * 7 + seed) % 200 }
 
-    @Test
-    fun `reset starts over`() {
-        ortEngine(openTiny()).use { engine ->
+    @ParameterizedTest
+    @ValueSource(strings = ["onnxruntime", "onnx-qnn"])
+    fun `reset starts over`(runtime: String) {
+        ortEngine(if (runtime == ONNX_QNN) openNpu() else openTiny()).use { engine ->
             val steps = listOf(8, 8, 8, 5, 1, 1, 1).map { tokens(it, it) }
             val first = steps.map { engine.step(it).copyOf() }
             assertEquals(ContextMeter(32, 16, 16), engine.meter)
@@ -32,7 +35,8 @@ class OrtEngineTest {
 
     @Test
     fun `caches are written where they lie`() {
-        ortEngine(openTiny()).use { engine ->
+        val folder = openTiny()
+        OrtEngine(File(folder.path, "onnx-cpu"), folder.manifest.cache).use { engine ->
             assertTrue(engine.stateBytes("keys_0").all { it == 0.toByte() })
             engine.step(tokens(8))
             val afterPrefill = engine.stateBytes("keys_0")
@@ -85,11 +89,18 @@ class OrtEngineTest {
 
     @Test
     fun `a build without QNN says so`() {
-        val folder = openTiny()
-        val error = assertThrows(UserError::class.java) {
-            OrtEngine(File(folder.path, "onnx-cpu"), folder.manifest.cache, qnn = true)
-        }
-        assertTrue("has no QNN provider" in error.message!!)
+        val folder = openNpu()
+        val error = assertThrows(UserError::class.java) { OrtNpuEngine(File(folder.path, "onnx-qnn"), folder.manifest.cache) }
+        assertEquals("this build of ONNX Runtime has no QNN provider: choose another engine in the settings", error.message)
+    }
+
+    @Test
+    fun `a garbled NPU model is one line`() {
+        val folder = openNpu()
+        val copy = copyOf(folder, File(temporary, "copy"))
+        File(copy, "onnx-qnn/decode.onnx").writeText("not a model")
+        val error = assertThrows(UserError::class.java) { OrtNpuEngine(File(copy, "onnx-qnn"), folder.manifest.cache, npu = false) }
+        assertTrue(error.message!!.endsWith("decode.onnx is not taken by this phone's NPU: choose another engine in the settings"))
     }
 
     @Test

@@ -39,6 +39,22 @@ class SamplerTest {
     }
 
     @Test
+    fun `top-p takes as few tokens of a large vocabulary as reach the mass`() {
+        val random = kotlin.random.Random(1)
+        val large = FloatArray(5000) { (8 * random.nextDouble()).toFloat() }
+        val order = large.indices.sortedByDescending { large[it] }
+        val whole = large.sumOf { kotlin.math.exp(it.toDouble()) }
+        for (topP in listOf(0.02, 0.5, 0.999)) {
+            var mass = 0.0
+            val wanted = order.takeWhile { token -> (mass < topP * whole).also { mass += kotlin.math.exp(large[token].toDouble()) } }
+            val sampler = Sampler(Sampling(temperature = 1.0, topP = topP, seed = 5))
+            val drawn = (1..3000).map { sampler.choose(large).toInt() }.toSet()
+            assertTrue(wanted.containsAll(drawn), "$topP drew tokens outside its mass")
+            if (wanted.size < 200) assertEquals(wanted.toSet(), drawn)
+        }
+    }
+
+    @Test
     fun `a seed draws the same again`() {
         fun draw(seed: Int) = Sampler(Sampling(1.5, 1.0, seed)).let { sampler -> List(50) { sampler.choose(logits) } }
         assertEquals(draw(1), draw(1))
