@@ -9,7 +9,8 @@ Layout of the slots of one layer (the same for every KV head, so one causal rule
 A *block* is written first and attended to in its place; at the end of the step its surviving tokens move over the
 victims. A *single token* is written last: attention takes its key and value beside the cache, and once the victim is
 known the token goes straight into the victim's slot. So one row a cache is written, and nothing is written between the
-layers, which lets a backend keep all of them in one piece.
+layers, which lets a backend keep all of them in one piece. Where attention is one operator that appends by itself
+(`SlotOps.attend`), a single token stands at n like a block of one, and is written again over its victim.
 
 Either way every layer evicts at the end of the step, all of them together: what a layer's attention tells is kept until
 then, and the rest (scores, order, plan of moves) is computed once for all layers, as if they were one with L * H heads.
@@ -231,9 +232,9 @@ class SlotCache:
         return output
 
     def _dots(self, layer: int, probe: Tensor) -> Tensor:
-        """Products of the cached keys with a probe [H, d]: [H, S], with axes of length 1 where keys are stored with such.
+        """Products of the cached keys with a probe [H, d]: [H, S], and axes of length 1 where keys are stored with such,
 
-        A change of shape would be a call of its own in every layer.
+        because a change of shape is a call of its own in every layer.
         """
         keys = self.slots.keys[layer]
         # The keys on the left: a kernel packs the right side anew at every call.
