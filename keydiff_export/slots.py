@@ -232,9 +232,9 @@ class SlotCache:
         return output
 
     def _dots(self, layer: int, probe: Tensor) -> Tensor:
-        """Products of the cached keys with a probe [H, d]: [H, S], and axes of length 1 where keys are stored with such,
+        """Products of the cached keys with a probe [H, d]: [H, S], and axes of length 1 where stored keys have such.
 
-        because a change of shape is a call of its own in every layer.
+        A change of shape would be a call of its own in every layer.
         """
         keys = self.slots.keys[layer]
         # The keys on the left: a kernel packs the right side anew at every call.
