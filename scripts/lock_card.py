@@ -1,4 +1,7 @@
-"""Writes an export's I/O signature and measured results into its graph card: signature.json and results.json."""
+"""Writes an export's I/O signature and measured results into its graph card: signature.json and results.json.
+
+An export of some of a card's targets (`export CARD --target ...`) locks those; what the card says of the others stays.
+"""
 
 from __future__ import annotations
 
@@ -58,13 +61,16 @@ def results(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Locks one card."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("exported", type=Path)
     parser.add_argument("card", type=Path)
     options = parser.parse_args()
     manifest = load(options.exported).manifest
     for name, data in (("signature", signature(manifest)), ("results", results(options.exported, manifest))):
-        (options.card / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        file = options.card / f"{name}.json"
+        if file.exists():
+            data["targets"] = {**json.loads(file.read_text(encoding="utf-8"))["targets"], **data["targets"]}
+        file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
