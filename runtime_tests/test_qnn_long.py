@@ -1,4 +1,4 @@
-"""The demo model on the HTP emulator: first layers by both roads and every scheme, the whole in float16, the card."""
+"""The demo model on the HTP emulator: first layers by both roads and every scheme, the whole in float16, the cards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.qnn_long, pytest.mark.real_model]
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 # Six blocks, the last two of which evict, and not the ten that `validate` reads: on one core the emulator took
-# 64 s for a block of the whole model and 11 s for a token.
+# 64 s for a block of the whole model in float16 and 11 s for a token.
 WHOLE_PROMPT = 768
 # Chosen after measuring. 16a4w by executorch-qnn was at 22.0 dB, 0.981 and 0.58 (its weights alone, rounded in float32,
 # leave 20.1 dB); 16a8w by onnx-qnn at 26.8 dB, 0.993 and 0.91.
