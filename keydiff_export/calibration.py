@@ -6,16 +6,22 @@ tokens over a full cache. So the float graph is stepped exactly as the artifact 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from .errors import UserError
+from .generation import encode_prompt
 from .runtime.npu import NpuRunner
 from .text import long_text
 
 # Tokens of the text that go through `decode`, which has ranges of its own and is slow. On a tiny model with 8-bit
 # weights 24 of them left it 10 dB short of what the weights alone cost, 256 left 0.4 dB.
 _SINGLE = 256
+# Blocks that open a cache, from all over the text. The largest activations belong to the first token of a prompt and
+# depend on which one it is.
+_STARTS = 16
 
 
 def enough(budget: int, block: int) -> int:
@@ -42,11 +48,27 @@ def read_texts(place: Path | None) -> str:
         raise UserError(f"calibration text in {place} is not UTF-8 (byte {error.start}): convert it") from error
 
 
-def calibration_runs(tokens: list[int], budget: int, block: int) -> list[list[list[int]]]:
+def openings(tokenizer: PreTrainedTokenizerBase, text: str, block: int) -> list[list[int]]:
+    """First blocks of prompts out of the middle of a text, as they are and in the chat template.
+
+    No piece of a tokenised text begins with the tokens that the tokenizer and the template put in front.
+    """
+    middle = text[len(text) // 2 :][: 16 * block]
+    forms = [True] if tokenizer.chat_template is None else [True, False]
+    return [encode_prompt(tokenizer, middle, raw)[:block] for raw in forms]
+
+
+def calibration_runs(
+    tokens: list[int], budget: int, block: int, first: Sequence[list[int]] = ()
+) -> list[list[list[int]]]:
     """Cuts a text into runs from an empty cache, each a list of steps.
 
-    The first runs stay below the budget (single tokens into an empty cache, a short block), the last reads the rest in
-    blocks, a partial one among them, and single tokens: every kind of step meets every kind of cache.
+    The first runs stay below the budget (single tokens into an empty cache, a short block, and a block and a single
+    token for each opening), the last reads all in blocks, a partial one among them, and single tokens: every kind of
+    step meets every kind of cache.
+
+    Args:
+        first: openings beside those that are cut from the text, each at most a block.
 
     Raises:
         UserError: too few tokens for the cache to evict.
@@ -62,7 +84,9 @@ def calibration_runs(tokens: list[int], budget: int, block: int) -> list[list[li
     blocks = [half[i : i + block] for half in (body[:cut], body[cut:]) for i in range(0, len(half), block)]
     half = len(tail) // 2
     steps = [*blocks[:-1], *([t] for t in tail[:half]), blocks[-1], *([t] for t in tail[half:])]
-    return [[[t] for t in tokens[:4]], short, steps]
+    pieces = [tokens[at : at + block] for at in range(0, len(tokens) - block, (len(tokens) - block) // _STARTS)]
+    starts = [run for piece in (*first, *pieces[:_STARTS]) for run in ([piece], [piece[:1]])]
+    return [[[t] for t in tokens[:4]], short, *starts, steps]
 
 
 def calibrate(runner: NpuRunner, runs: list[list[list[int]]], tick: Callable[[int], None]) -> None:

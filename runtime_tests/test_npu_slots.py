@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import build_model, random_tokens
 
-from keydiff_export.calibration import calibrate, calibration_runs, enough, read_texts
+from keydiff_export.calibration import calibrate, calibration_runs, enough, openings, read_texts
 from keydiff_export.errors import UserError
 from keydiff_export.models import LoadedModel, load_model
 from keydiff_export.npu_parity import npu_gates
@@ -202,6 +202,18 @@ def test_calibration_meets_every_kind_of_cache() -> None:
     assert held["full"] == {"decode", "partial", "block"}
     read = [token for step in runs[-1] for token in step]
     assert sorted(read) == tokens
+
+
+def test_calibration_opens_caches_with_many_first_tokens(tiny: LoadedModel) -> None:
+    text = "".join(chr(ord("a") + i % 26) for i in range(900))
+    first = openings(tiny.tokenizer, text, BLOCK)
+    begin, user = tiny.tokenizer("i")["input_ids"][0], tiny.tokenizer.convert_tokens_to_ids("<user>")
+    assert [(len(piece), piece[0]) for piece in first] == [(BLOCK, begin), (BLOCK, user)]
+    runs = calibration_runs(list(range(enough(BUDGET, BLOCK))), BUDGET, BLOCK, first)
+    prefill = {run[0][0] for run in runs if len(run[0]) == BLOCK}
+    decode = {run[0][0] for run in runs if len(run[0]) == 1}
+    assert len(prefill) >= 16
+    assert {begin, user} <= prefill <= decode
 
 
 def test_calibration_text_that_is_too_short_or_unreadable(tmp_path: object) -> None:

@@ -24,6 +24,7 @@ from keydiff_export.errors import UserError
 from keydiff_export.inspection import inspect_folder
 from keydiff_export.isolated import run_isolated
 from keydiff_export.lowering.base import Phases
+from keydiff_export.lowering.executorch_qnn import HEADROOM, _ranges, _widen
 from keydiff_export.lowering.qnn import QnnJob, _progress, describe, refuse_breaks, split
 from keydiff_export.manifest import OutputFolder
 from keydiff_export.models import LoadedModel, load_model
@@ -39,7 +40,7 @@ from keydiff_export.text import long_text
 BUDGET, BLOCK = 16, 8
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-CARD = ROOT / "graphs" / "smollm2-135m-npu"
+CARDS = sorted((ROOT / "graphs").glob("*-npu*"))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,7 @@ def test_validate_runs_the_artifact(tiny: LoadedModel, npu_fp16: dict[str, Outpu
 
     from keydiff_export.manifest import load_schema
 
+    assert npu_fp16[target].artifacts[0]["rotation"] is None
     report = validate_folder(npu_fp16[target], tiny)
     jsonschema.validate(json.loads(json.dumps(report)), load_schema("parity"))
     artifact = report["artifacts"][0]
@@ -256,6 +258,7 @@ def test_quantised_graphs_stay_near_float32(
         str(tiny_folder), 512, 128, quant=quant, targets=(target,), calibration=str(text), sqnr_floor=least
     )
     folder = keydiff_export.export(spec, tmp_path / "out", validate=False)
+    assert folder.artifacts[0]["rotation"] == "hadamard"
     report = validate_folder(folder, tiny)["artifacts"][0]
     assert report["passed"], report["gates"]
     assert report["kept_slots"]["mean_jaccard"] > 0.97
@@ -267,11 +270,34 @@ def test_quantised_graphs_stay_near_float32(
     assert [sum(report[method]["delegates"].values()) for method in ("prefill", "decode")] == [1, 1]
 
 
+def test_ranges_get_headroom_once() -> None:
+    from torchao.quantization.pt2e import MinMaxObserver
+
+    class Observed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observer = MinMaxObserver()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.observer(self.observer(x) + 1)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
+            return True
+
+    module = Observed()
+    graph = torch.fx.GraphModule(module, Tracer().trace(module))
+    graph(torch.tensor([-2.0, 5.0]))
+    _widen(graph)
+    assert dict(_ranges(graph)) == {"x": [-2 * HEADROOM, 6 * HEADROOM], "add": [-2 * HEADROOM, 6 * HEADROOM]}
+
+
 def test_weights_of_4_bits_are_all_that_16a4w_loses(
     tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, text: Path
 ) -> None:
     """Beside a float32 model whose linear weights are rounded to 4 bits a row; float32 itself is 5 dB away."""
     folder = export_npu(tiny_folder, tmp_path / "out", "executorch-qnn", "16a4w", calibration=str(text), soc="SM8750")
+    assert folder.artifacts[0]["rotation"] == "none: 4-bit weights lose more by it"
     model = copy.deepcopy(tiny.model)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -288,22 +314,23 @@ def test_weights_of_4_bits_are_all_that_16a4w_loses(
 
 
 @pytest.mark.real_model
-def test_the_card_has_its_locked_signature(demo_model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_a_card_has_its_locked_signature(card: Path, demo_model: str, tmp_path: Path) -> None:
     """Without lowering, which scripts/test_qnn_long.sh does."""
     from lock_card import signature
 
-    spec = load_card(CARD)
+    spec = load_card(card)
     loaded = load_model(demo_model)
     torch.save(loaded.model, tmp_path / "model.pt")
     shape = loaded.cache_shape(spec.budget, spec.block)
     job = QnnJob(tmp_path / "model.pt", spec.quant, shape, spec.make_policy(), soc(spec.soc), False, [], tmp_path)
     methods = describe(split(job), loaded.model.config.vocab_size)
     artifacts = [{"target": target, "methods": methods} for target in spec.targets]
-    locked = json.loads((CARD / "signature.json").read_text())
+    locked = json.loads((card / "signature.json").read_text())
     assert signature({"artifacts": artifacts, "cache": {"layers": shape.layers}}) == locked
 
 
-@pytest.mark.parametrize("card", sorted((ROOT / "graphs").glob("*-npu*")), ids=lambda card: card.name)
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_an_npu_cards_results_are_within_its_floors(card: Path) -> None:
     spec, results = load_card(card), json.loads((card / "results.json").read_text())
     assert set(results["targets"]) == set(spec.targets)
