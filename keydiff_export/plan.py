@@ -29,8 +29,8 @@ from .sizes import FAMILIES, ModelSizes
 METHODS = 2  # prefill and decode
 # Program, small constants and padding, a layer; measured on the demo cards. A .pte has the method `forward` as well.
 GRAPH_BYTES = {"executorch-xnnpack": 100_000, "onnx-cpu": 66_000}
-# Resident memory of the demo cards less the terms above (scripts/plan_check.py). ONNX Runtime's fused attention keeps no
-# logits, which the activations count, and the rest of its arena takes about as much as that.
+# Resident memory of the demo cards less the terms above (scripts/plan_check.py). ONNX Runtime's fused attention keeps
+# no logits, which the activations count, and the rest of its arena takes about as much as that.
 RUNTIME_BYTES = {"executorch-xnnpack": 16_000_000, "onnx-cpu": 0}
 
 
