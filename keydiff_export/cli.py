@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--recent", type=float, help="share of the budget kept for the most recent tokens")
     export.add_argument("--pinned", type=int, metavar="K", help="the first K positions never leave")
     export.add_argument("--system-prompt", metavar="TEXT", help="opens every chat; its tokens never leave")
-    export.add_argument("--quant", help="none, 8da4w, int8 or int4; for NPUs fp16, 16a8w or 16a4w")
+    export.add_argument("--quant", help="none, 8da4w, 8da4w-head4, int8 or int4; for NPUs fp16, 16a8w or 16a4w")
     export.add_argument("--cache-dtype", help="float32, float16 or int8: what keys and values are stored as")
     export.add_argument("--evict-every", type=int, metavar="K", help="generated tokens leave K at a time (default 1)")
     export.add_argument(
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--ram", metavar="SIZE", help="memory that the artifact may take, such as 6GB")
     plan.add_argument("--budget", type=int, metavar="N", help="tokens held a layer and KV head")
     plan.add_argument("--block", type=int, default=128, metavar="B", help="tokens read a prefill step")
-    plan.add_argument("--quant", default="8da4w", help="none, 8da4w, int8 or int4")
+    plan.add_argument("--quant", default="8da4w", help="none, 8da4w, 8da4w-head4, int8 or int4")
     plan.add_argument("--cache-dtype", default="float32", help="float32, float16 or int8")
     plan.add_argument("--target", default="executorch-xnnpack", help="executorch-xnnpack or onnx-cpu")
     plan.add_argument("--device", default="cpu", help="whose processor, or `list`")

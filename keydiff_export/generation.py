@@ -145,6 +145,7 @@ def stream(
         progress: told (tokens read, tokens/s, tokens held) after each block.
     """
     runner.reset()
+    runner.expect(len(prompt) + max_new_tokens)
     choose = sampling.sampler()
     began = time.perf_counter()
     logits = None

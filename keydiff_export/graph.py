@@ -1,7 +1,8 @@
 """The static graphs around a Hugging Face model: `prefill` (B tokens, the last block padded) and `decode` (one).
 
-Where generated tokens leave k at a time, `append` and `decode_evicting` take the place of `decode`. For runners that
-know one method only there is `forward`: 1 to B tokens, none of them padding.
+`fill` is `decode` without the operators of eviction, for an answer that ends before the cache is full. Where generated
+tokens leave k at a time, `append` and `decode_evicting` take the place of both. For runners that know one method only
+there is `forward`: 1 to B tokens, none of them padding.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class StaticGraph:
         cache = SlotCache(self.shape, self.policy, self.ops, slots, 1, start, None)
         return self._step(cache, tokens, start)
 
+    def fill(self, tokens: Tensor, start: Tensor, slots: Slots) -> Tensor:
+        """Reads one token as `decode` does where fewer than N were read before it, and so none leaves."""
+        cache = SlotCache(self.shape, self.policy, self.ops, slots, 1, start, None, evicts=False)
+        return self._step(cache, tokens, start)
+
     def append(self, tokens: Tensor, start: Tensor, staged: Tensor, slots: Slots) -> Tensor:
         """Reads one token behind `staged` [1] others that no eviction has seen yet, and evicts nothing."""
         cache = SlotCache(self.shape, self.policy, self.ops, slots, 1, start, None, staged, evicts=False)
@@ -65,13 +71,13 @@ class StaticGraph:
         cache = SlotCache(self.shape, self.policy, self.ops, slots, length, start, count)
         return self._step(cache, tokens, start)
 
-    def methods(self) -> dict[str, dict[str, Tensor]]:
-        """Example inputs by name of every method that a lowering makes."""
+    def methods(self, fill: bool = False) -> dict[str, dict[str, Tensor]]:
+        """Example inputs by name of every method that a lowering makes, `fill` among them if wanted."""
         block, one = torch.zeros(1, self.shape.block, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
         single = {"tokens": block[:, :1], "start": one}
         methods = {"prefill": {"tokens": block, "start": one, "count": one + 1}}
         if self.shape.evict_every == 1:
-            return {**methods, "decode": single}
+            return {**methods, "decode": single, **({"fill": single} if fill and self.policy.evicts else {})}
         # A tensor of its own: export takes two inputs that are one object for one input.
         lazy = {**single, "staged": one.clone()}
         return {**methods, "append": lazy, "decode_evicting": lazy}

@@ -62,11 +62,13 @@ STORAGE = {
         "none": Storage(4, 4, 4),
         "int8": Storage(1, 1, 1, 4, 4, 4),
         "8da4w": Storage(0.5 + 2 / 32, 1, 1, 0, 4, 4),
+        "8da4w-head4": Storage(0.5 + 2 / 32, 0.5 + 2 / 32, 1, 0, 0, 4),
     },
     "onnx-cpu": {
         "none": Storage(4, 4, 4, shared=True, per_method=True),
         "int8": Storage(1 + 4 / 32, 1 + 4 / 32, 1, 0, 0, 4, per_method=True),
         "8da4w": Storage(0.5 + 4 / 32, 1 + 4 / 32, 1, 0, 0, 4, per_method=True),
+        "8da4w-head4": Storage(0.5 + 4 / 32, 0.5 + 4 / 32, 1, 0, 0, 4, per_method=True),
         "int4": Storage(0.5 + 4 / 32, 1 + 4 / 32, 1, 0, 0, 4, per_method=True),
     },
 }
@@ -205,12 +207,12 @@ def step_seconds(
 ) -> float:
     """Seconds of one step of `length` tokens that attends to `slots` slots, the head for one token included.
 
-    Attention is computed in float32; the matrices with int8 activations under int8 and 8da4w, else in float32.
+    Attention is computed in float32; the matrices with int8 activations or, under none and int4, in float32.
     """
     step = _step(model, slots, length)
     attention = attention_flops(step) + (added_flops(KEYDIFF, step) if evicts else 0)
     matrices = 2 * (model.matrices * length + model.table)
-    compute = matrices / device.flops_per_s(request.quant in ("int8", "8da4w"))
+    compute = matrices / device.flops_per_s(request.quant not in ("none", "int4"))
     compute += model.layers * attention / device.flops_per_s(integer=False)
     read = matrix_bytes(model, get_storage(request.target, request.quant))
     read += cache_bytes(model, slots, request.cache_dtype)

@@ -1,9 +1,10 @@
 """Weight quantisation, once for all targets, through torchao.
 
-    quant   body weights             activations       head, embedding
-    8da4w   int4 in groups of 32     int8 at run time  int8 a row
-    int8    int8 a row               int8 at run time  int8 a row
-    int4    int4 in groups of 32     float32           int8 a row
+    quant        body weights          activations       head                  embedding
+    8da4w        int4 in groups of 32  int8 at run time  int8 a row            int8 a row
+    8da4w-head4  int4 in groups of 32  int8 at run time  int4 in groups of 32  int8 a row
+    int8         int8 a row            int8 at run time  int8 a row            int8 a row
+    int4         int4 in groups of 32  float32           int8 a row            int8 a row
 
 Run-time rounding of activations follows the runtime's kernel: ExecuTorch's a token, ONNX Runtime's a group of 32.
 `twin` is the eager model with the same weights and the same rounding.
@@ -38,7 +39,7 @@ REFUSED_QUANTS = {
     "either side of the cut lie about 0.001 apart, and 16 bits for the scores alone do not help, because the keys come "
     "from 8-bit activations; choose 16a8w"
 }
-QUANTS = ("none", "8da4w", "int4", "int8", *NPU_QUANTS)
+QUANTS = ("none", "8da4w", "8da4w-head4", "int4", "int8", *NPU_QUANTS)
 Activation = Literal["float", "int8_per_token", "int8_per_group"]
 
 
@@ -52,7 +53,9 @@ def quantize(model: nn.Module, quant: str) -> nn.Module:
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
     model.set_input_embeddings(QuantizedEmbedding(embedding))
     rows, groups = (torch.int8, PerAxis(0), None), (torch.int4, PerGroup(GROUP), torch.bfloat16)
-    for module, (dtype, granularity, scale) in ((head, rows), (model, rows if quant == "int8" else groups)):
+    of_head = groups if quant == "8da4w-head4" else rows
+    of_body = rows if quant == "int8" else groups
+    for module, (dtype, granularity, scale) in ((head, of_head), (model, of_body)):
         # XNNPACK stores the scales of 4-bit groups in bfloat16; rounded here, all targets have the same weights.
         if quant == "int4":
             config = IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity, scale_dtype=scale)

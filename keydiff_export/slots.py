@@ -420,9 +420,19 @@ class SlotCache:
             place = ops.after(place, slots.total)
         if self.fused and not self.evicts:
             return
+        rows = self._token_rows()
         for layer, address in enumerate(ops.addresses(place, self.shape.kv_heads)):
-            self._write(layer, address, self.gathered.rows[layer])
+            self._write(layer, address, rows[layer])
         self._write_numbers(ops.address(place), states)
+
+    def _token_rows(self) -> list[dict[str, Tensor]]:
+        """What a single token writes, a layer each. Where nodes are to be saved all come out of one tensor."""
+        rows = self.gathered.rows
+        if not self.fused:
+            return rows
+        heads = self.shape.kv_heads
+        joined = {name: self.ops.layers(torch.cat([row[name] for row in rows]), heads) for name in rows[0]}
+        return [{name: parts[layer] for name, parts in joined.items()} for layer in range(len(rows))]
 
     def _append_numbers(self, states: Tensor | None) -> Tensor | None:
         """Writes the new tokens' positions, and the policy's numbers [L * H, T] if it has any, behind the held ones.
@@ -523,8 +533,9 @@ class SlotCache:
         recent = self.policy.recent_tokens(self.shape.budget)
         # Arithmetic in place of comparisons, which a delegate lacks: 0 for what may leave, else NEVER.
         if recent:
-            oldest = (self.end - recent - 1).to(torch.float32)
-            barrier = barrier + (oldest - positions).clamp(-1.0, 0.0) * -NEVER
+            # Of an empty slot every position counts as recent, so that one pass over the slots serves both.
+            oldest = (self.end - recent - 1).to(torch.float32) + self.empty
+            barrier = (oldest - positions).clamp(-1.0, 0.0) * -NEVER
         if self.policy.pinned:
             barrier = barrier + (positions - self.policy.pinned).clamp(-1.0, 0.0) * -NEVER
         return barrier - self.policy.score(view)

@@ -25,7 +25,7 @@ class ExportSpec:
         budget: N, tokens held a layer and KV head.
         block: B, tokens read a prefill step.
         policy: name and parameters of the eviction policy, e.g. {"name": "keydiff", "recent": 0.2}.
-        quant: none, 8da4w, int4 or int8.
+        quant: none, 8da4w, 8da4w-head4, int4 or int8; for NPUs fp16, 16a8w or 16a4w.
         evict_every: k; generated tokens leave k at a time, which the paper does not do. 1 evicts at every token.
         cache_dtype: what keys and values are stored as: float32, float16, or int8 with a scale a row.
         targets: where the graph is lowered to.

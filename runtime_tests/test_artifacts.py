@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from keydiff_export.inspection import inspect_folder
 from keydiff_export.lowering import get_target
 from keydiff_export.manifest import OutputFolder
 from keydiff_export.models import LoadedModel
-from keydiff_export.parity import FLOAT_TIE, LOGITS_LIMIT, KeptSlots, Trace, compare_logits, gates, run_reference
+from keydiff_export.parity import (
+    FLOAT_TIE,
+    LOGITS_LIMIT,
+    KeptSlots,
+    Trace,
+    compare_logits,
+    fill_gate,
+    gates,
+    run_reference,
+)
 from keydiff_export.policies import make_policy
 from keydiff_export.quantize import quantize, twin
 from keydiff_export.reference import Reference
@@ -46,15 +56,19 @@ def export_tiny(
     return keydiff_export.export(spec, output, validate=False)
 
 
+# Schemes that round activations.
+ROUNDED = ("8da4w", "8da4w-head4", "int8")
+
+
 @pytest.fixture(scope="session")
 def exported(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, OutputFolder]:
     root = tmp_path_factory.mktemp("exported")
-    folders = {quant: export_tiny(tiny_folder, root / quant, quant) for quant in ("none", "8da4w", "int8")}
+    folders = {quant: export_tiny(tiny_folder, root / quant, quant) for quant in ("none", *ROUNDED)}
     folders["int4"] = export_tiny(tiny_folder, root / "int4", "int4", ("onnx-cpu",))
     return folders
 
 
-CASES = [(quant, target) for quant in ("none", "8da4w", "int8") for target in TARGETS] + [("int4", "onnx-cpu")]
+CASES = [(quant, target) for quant in ("none", *ROUNDED) for target in TARGETS] + [("int4", "onnx-cpu")]
 
 
 def twin_reference(loaded: LoadedModel, folder: OutputFolder, artifact: dict[str, Any]) -> Reference:
@@ -85,7 +99,7 @@ def test_an_artifact_equals_its_reference(
         assert runner.snapshot().held == reference.held(), f"after {reference.seen} tokens"
 
 
-@pytest.mark.parametrize(("quant", "target"), [case for case in CASES if case[0] in ("8da4w", "int8")])
+@pytest.mark.parametrize(("quant", "target"), [case for case in CASES if case[0] in ROUNDED])
 def test_rounded_activations_stay_near_their_reference(
     tiny: LoadedModel, exported: dict[str, OutputFolder], quant: str, target: str
 ) -> None:
@@ -158,6 +172,47 @@ def test_reset_starts_over(exported: dict[str, OutputFolder], target: str) -> No
     runner.reset()
     for step, expected in zip(steps, first, strict=True):
         np.testing.assert_array_equal(runner.step(step), expected)
+
+
+@pytest.mark.parametrize("policy", ["keydiff", "tova"])
+def test_filling_is_decoding_without_eviction(
+    tiny: LoadedModel, tiny_folder: Path, tmp_path: Path, policy: str
+) -> None:
+    """An answer that was announced to fit is filled in; one that then goes on evicts as if it had always decoded."""
+    spec = ExportSpec(str(tiny_folder), BUDGET, BLOCK, {"name": policy}, targets=("onnx-cpu",))
+    folder = keydiff_export.export(spec, tmp_path / "out", validate=False)
+    runner: Any = open_runner(folder, folder.artifacts[0])
+    reference = Reference(tiny.model, folder.policy, BUDGET, BLOCK)
+    used: list[str] = []
+    run = runner._run
+    runner._run = lambda method, **inputs: (used.append(method), run(method, **inputs))[1]
+    tokens = random_tokens(40, tiny.model.config.vocab_size)
+    runner.expect(BUDGET)
+    for step in [tokens[:8], tokens[8:11], *([token] for token in tokens[11:30])]:
+        assert np.abs(runner.step(step) - reference.step(step).numpy()).max() < 1e-4
+        assert runner.snapshot().held == reference.held()
+    assert used == ["prefill"] * 2 + ["fill"] * 5 + ["decode"] * 14
+    assert fill_gate(runner, tokens)["passed"]
+    assert used[-18:] == ["prefill", *["fill"] * 8, "prefill", *["decode"] * 8]
+    runner.reset()
+    runner.step(tokens[:1])
+    assert used[-1] == "decode", "nothing was announced"
+
+
+def test_a_fill_that_differs_is_seen(exported: dict[str, OutputFolder]) -> None:
+    folder = exported["none"]
+    runner: Any = open_runner(folder, pick(folder, "onnx-cpu"))
+    assert runner.fills
+    tokens, run = random_tokens(BUDGET, 100), runner._run
+    runner._run = lambda method, **inputs: run("decode" if method == "fill" else method, **inputs)
+    assert fill_gate(runner, tokens)["passed"]
+    runner._run = lambda method, **inputs: run(method, **inputs) + np.float32(1e-6 * (method == "fill"))
+    check = fill_gate(runner, tokens)
+    assert not check["passed"]
+    assert check["value"] > 0
+    # Logits alike and another cache.
+    runner._run, runner.snapshot = run, lambda snapshot=runner.snapshot: replace(snapshot(), keys=np.array(runner.fits))
+    assert not fill_gate(runner, tokens)["passed"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -253,7 +308,8 @@ def test_delegates_are_few(exported: dict[str, OutputFolder]) -> None:
 def test_onnx_methods_share_one_weight_file(tiny: LoadedModel, exported: dict[str, OutputFolder]) -> None:
     folder = exported["none"]
     files = {f["path"]: f["bytes"] for f in pick(folder, "onnx-cpu")["files"]}
-    assert set(files) == {"onnx-cpu/prefill.onnx", "onnx-cpu/decode.onnx", "onnx-cpu/weights.data"}
+    methods = ("prefill", "decode", "fill")
+    assert set(files) == {*(f"onnx-cpu/{method}.onnx" for method in methods), "onnx-cpu/weights.data"}
     weights = sum(p.numel() * 4 for p in tiny.model.parameters())
     assert files["onnx-cpu/weights.data"] < 1.6 * weights
 

@@ -157,6 +157,8 @@ def test_weight_bytes(folder: OutputFolder) -> None:
     assert weight_bytes(folder.path, "none", "onnxruntime") == 4 * (linear + head) + norms
     assert weight_bytes(folder.path, "int8", "executorch") == linear + head + 4 * (rows + 260) + norms
     assert weight_bytes(folder.path, "8da4w", "executorch") == linear // 2 + linear // 16 + head + 4 * 260 + norms
+    in_groups = (linear + head) // 2 + (linear + head) // 16
+    assert weight_bytes(folder.path, "8da4w-head4", "executorch") == in_groups + norms
     assert weight_bytes(folder.path, "int4", "onnxruntime") == linear // 2 + head + (linear + head) // 8 + norms
 
 

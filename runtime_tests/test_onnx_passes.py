@@ -174,6 +174,48 @@ def test_a_vector_at_unit_length_is_one_operator(zeros: bool) -> None:
     assert optimized(proto) == {"Mul": 1, "LpNormalization": 1}
 
 
+def test_rows_of_layers_are_reshaped_together() -> None:
+    nodes: list[Node] = [
+        *((operator, ["x"], [operator], {}) for operator in ("Relu", "Neg")),
+        *(("Reshape", [operator, "heads"], [f"{operator}_rows"], {}) for operator in ("Relu", "Neg")),
+        ("Concat", ["Relu_rows", "Neg_rows"], ["both"], {"axis": 0}),
+        ("Abs", ["both"], ["y"], {}),
+    ]
+    proto = model({"x": [1, 1, 8]}, nodes, {"y": [4, 1, 4]}, heads=shape(2, 1, 4))
+    assert optimized(proto) == {"Relu": 1, "Neg": 1, "Concat": 1, "Reshape": 1, "Abs": 1}
+
+
+@pytest.mark.parametrize(("axis", "joined"), [(1, [2, 2, 4]), (2, [2, 1, 8])])
+def test_rows_joined_along_another_axis_are_reshaped_before(axis: int, joined: list[int]) -> None:
+    nodes: list[Node] = [
+        *((operator, ["x"], [operator], {}) for operator in ("Relu", "Neg")),
+        *(("Reshape", [operator, "heads"], [f"{operator}_rows"], {}) for operator in ("Relu", "Neg")),
+        ("Concat", ["Relu_rows", "Neg_rows"], ["both"], {"axis": axis}),
+        ("Abs", ["both"], ["y"], {}),
+    ]
+    proto = model({"x": [1, 1, 8]}, nodes, {"y": joined}, heads=shape(2, 1, 4))
+    assert optimized(proto) == {"Relu": 1, "Neg": 1, "Concat": 1, "Reshape": 2, "Abs": 1}
+
+
+def test_rows_of_other_shapes_are_reshaped_before() -> None:
+    nodes: list[Node] = [
+        ("Relu", ["x"], ["a"], {}),
+        ("Neg", ["z"], ["b"], {}),
+        *(("Reshape", [part, "rows"], [f"{part}_rows"], {}) for part in ("a", "b")),
+        ("Concat", ["a_rows", "b_rows"], ["both"], {"axis": 0}),
+        ("Abs", ["both"], ["y"], {}),
+    ]
+    proto = model({"x": [1, 8], "z": [2, 4]}, nodes, {"y": [8, 2]}, rows=shape(4, 2))
+    assert optimized(proto) == {"Relu": 1, "Neg": 1, "Concat": 1, "Reshape": 2, "Abs": 1}
+
+
+def test_a_difference_to_a_negative_is_a_sum() -> None:
+    nodes: list[Node] = [("Neg", ["x"], ["a"], {}), ("Sub", ["z", "a"], ["y"], {})]
+    assert optimized(model({"x": [3, 4], "z": [4]}, nodes, {"y": [3, 4]})) == {"Add": 1}
+    other: list[Node] = [("Neg", ["x"], ["a"], {}), ("Sub", ["a", "z"], ["y"], {})]
+    assert optimized(model({"x": [3, 4], "z": [4]}, other, {"y": [3, 4]})) == {"Neg": 1, "Sub": 1}
+
+
 def test_an_artifact_has_fused_operators(tiny_folder: Path, tmp_path: Path) -> None:
     """One of each a layer or two; a policy that wants probabilities has attention spelled out."""
     counts = {}

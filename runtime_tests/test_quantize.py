@@ -34,7 +34,7 @@ def x() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("quant", ["8da4w", "int8"])
+@pytest.mark.parametrize("quant", ["8da4w", "8da4w-head4", "int8"])
 def test_a_layer_in_xnnpack_equals_its_twin(tiny: LoadedModel, x: torch.Tensor, quant: str, layer: str) -> None:
     model = quantize(tiny.model, quant)
     module = nn.Sequential(copy.deepcopy(model.get_submodule(layer)))
@@ -53,7 +53,13 @@ def test_a_layer_in_xnnpack_equals_its_twin(tiny: LoadedModel, x: torch.Tensor, 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
-    ("quant", "activation"), [("8da4w", "int8_per_group"), ("int8", "int8_per_group"), ("int4", "float")]
+    ("quant", "activation"),
+    [
+        ("8da4w", "int8_per_group"),
+        ("8da4w-head4", "int8_per_group"),
+        ("int8", "int8_per_group"),
+        ("int4", "float"),
+    ],
 )
 def test_a_layer_in_onnx_runtime_equals_its_twin(
     tiny: LoadedModel, x: torch.Tensor, quant: str, activation: Any, layer: str

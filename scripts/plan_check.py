@@ -1,7 +1,7 @@
 """What `plan` says of exported folders against what they are: files, cache, planned and resident memory.
 
-Resident memory is what a process gains by loading both methods and running a block and a token, its libraries in
-memory before. A runtime's code is in it; in a small model it shows.
+Resident memory is what a process gains by loading both methods and filling the cache, its libraries in memory before.
+A runtime's code is in it; in a small model it shows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def resident(place: Path, runtime: str, budget: int, block: int) -> int:
         import onnxruntime  # noqa: F401
     before = _resident()
     runner = open_artifact(place, runtime, budget, block)
-    runner.step([0] * block)
+    # A slot takes memory once it is written.
+    for _ in range(-(-budget // block) + 1):
+        runner.step([0] * block)
     runner.step([0])
     return _resident() - before
 

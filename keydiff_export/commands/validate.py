@@ -14,7 +14,7 @@ from ..manifest import SCHEMA_VERSION, OutputFolder
 from ..models import LoadedModel, load_model
 from ..npu_parity import GREEDY_TOKENS as NPU_GREEDY_TOKENS
 from ..npu_parity import crash_gate, npu_gates, npu_prompt_tokens
-from ..parity import GREEDY_TOKENS, PROMPT_TOKENS, KeptSlots, Trace, compare_logits, gates, run_reference
+from ..parity import GREEDY_TOKENS, PROMPT_TOKENS, KeptSlots, Trace, compare_logits, fill_gate, gates, run_reference
 from ..quantize import NPU_QUANTS, quantize, twin
 from ..reference import Reference
 from ..text import long_text
@@ -95,6 +95,8 @@ class _Run:
         against_reference, against_float32 = compare_logits(ours, theirs), compare_logits(float32, theirs)
         exact = quant == "none" and self.shape.dtype == "float32"
         checks = gates(exact, against_reference, against_float32, kept, artifact["sqnr_floor_db"])
+        if runner.fills:
+            checks.append(fill_gate(runner, self.prompt))
         return _report(artifact, self.shape.dtype, checks, against_reference, against_float32, kept)
 
     def npu(self, artifact: dict[str, Any]) -> dict[str, Any]:

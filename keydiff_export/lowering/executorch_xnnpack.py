@@ -47,7 +47,7 @@ class ExecuTorchXnnpack(Target):
 
     name = "executorch-xnnpack"
     runtime = "executorch"
-    quants = ("none", "8da4w", "int8")
+    quants = ("none", "8da4w", "8da4w-head4", "int8")
     summary = "ExecuTorch .pte for CPUs, XNNPACK delegate"
 
     def activation(self, quant: str) -> Activation:

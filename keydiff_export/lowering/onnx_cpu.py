@@ -1,4 +1,4 @@
-"""ONNX for ONNX Runtime's CPU provider: `prefill.onnx` and `decode.onnx` over one weight file, caches as graph I/O."""
+"""ONNX for ONNX Runtime's CPU provider: a file a method over one weight file, caches as graph I/O."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class OnnxCpu(Target):
 
     name = "onnx-cpu"
     runtime = "onnxruntime"
-    quants = ("none", "8da4w", "int8", "int4")
+    quants = ("none", "8da4w", "8da4w-head4", "int8", "int4")
     summary = "ONNX for ONNX Runtime's CPU provider"
 
     def activation(self, quant: str) -> Activation:
-        return "int8_per_group" if quant in ("8da4w", "int8") else "float"
+        return "float" if quant in ("none", "int4") else "int8_per_group"
 
     def lower(
         self, model: nn.Module, quant: str, shape: CacheShape, policy: Policy, folder: Path, phases: Phases
@@ -53,7 +53,7 @@ class OnnxCpu(Target):
         module = model if quant == "none" else twin(model, self.activation(quant))
         graph = StaticGraph(fused(module), shape, policy, OnnxOps())
         models: dict[str, ir.Model] = {}
-        for method, examples in graph.methods().items():
+        for method, examples in graph.methods(fill=True).items():
             with phases.phase(f"onnx-cpu: trace {method}"), quiet_exporter(), fused_rotation(module):
                 models[method] = _export(graph, method, examples)
         with phases.phase("onnx-cpu: write"):

@@ -80,9 +80,10 @@ class OnnxOps:
         return output.reshape(length, -1, width).transpose(0, 1), appended_keys, appended_values
 
     def last_of_largest(self, numbers: Tensor, positions: Tensor) -> Tensor:
-        # A product and not a selection, which takes several times as long.
+        # A product and not a selection, which takes several times as long. Position 0 never leaves slot 0 for another
+        # slot, and of zeros alone argmax takes the first.
         largest = (numbers == numbers.amax(-1, keepdim=True)).to(torch.float32)
-        return (largest * (positions + 1.0)).argmax(-1)
+        return (largest * positions).argmax(-1)
 
     def after(self, index: Tensor, *results: Tensor) -> Tensor:
         # Both writes of a prefill step go to one buffer, so the second waits for what reads the first's result.

@@ -2,11 +2,13 @@
 
     pass              what it does
     drop_layout       operators that only change a shape and leave the numbers in order: none, or one Reshape
+    join_reshapes     a Concat along the first axis of what was reshaped alike: of what it was before, then one Reshape
     merge_products    MatMulNBits of one input (queries, keys and values; gate and up) as one, then a Split
     fuse_residuals    an addition and the norm behind it as SkipSimplifiedLayerNormalization
     fuse_unit_length  x / |x|, six nodes, as LpNormalization
+    add_negated       x - (-y) as x + y
 
-None changes a number, but the last two in the last bit; parity is checked behind them.
+None changes a number, but the two that fuse in the last bit; parity is checked behind them.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ def optimize(model: ir.Model) -> None:
     merge_products(graph)
     fuse_unit_length(graph)
     drop_layout(graph)
+    join_reshapes(graph)
+    add_negated(graph)
     fuse_residuals(graph)
     model.opset_imports.setdefault(_MICROSOFT, 1)
     TopologicalSortPass()(model)
@@ -77,6 +81,23 @@ def _moved(node: ir.Node, order: np.ndarray) -> np.ndarray:
     if node.op_type == "Transpose":
         return order.transpose(_attribute(node, "perm", list(range(order.ndim))[::-1]))
     return order.reshape(_shape(node.outputs[0]))
+
+
+def join_reshapes(graph: ir.Graph) -> None:
+    """Reshapes once behind a Concat along the first axis in place of once before it in each of its inputs."""
+    for node in [node for node in graph if node.op_type == "Concat"]:
+        joined = node.outputs[0]
+        sources = [_behind(value, "Reshape") for value in node.inputs]
+        shapes = [_shape(source) for source in sources]
+        if _attribute(node, "axis", 0) != 0 or not shapes[0] or shapes != [shapes[0]] * len(shapes):
+            continue
+        if any(value is None or value.shape is None or not value.shape.is_static() for value in (*sources, joined)):
+            continue
+        whole = _inserted(graph, node, "Concat", sources, {"axis": 0})
+        assert sources[0] is not None
+        whole.dtype, whole.shape = sources[0].dtype, ir.Shape([len(shapes) * shapes[0][0], *shapes[0][1:]])
+        shape = _constant(graph, np.array(_shape(joined)))
+        _take_over(joined, _inserted(graph, node, "Reshape", [whole, shape], {}))
 
 
 def merge_products(graph: ir.Graph) -> None:
@@ -151,6 +172,14 @@ def fuse_unit_length(graph: ir.Graph) -> None:
             continue
         unit = _inserted(graph, scaled, "LpNormalization", [data], {"axis": -1, "p": 2})
         _take_over(scaled.outputs[0], unit)
+
+
+def add_negated(graph: ir.Graph) -> None:
+    """A sum in place of the difference to a negative, as a policy's score is of what is good about a token."""
+    for node in [node for node in graph if node.op_type == "Sub"]:
+        own = _behind(node.inputs[1], "Neg")
+        if own is not None:
+            _take_over(node.outputs[0], _inserted(graph, node, "Add", [node.inputs[0], own], {}))
 
 
 def _behind(value: ir.Value | None, operator: str | tuple[str, ...]) -> ir.Value | None:

@@ -36,16 +36,28 @@ class Runner(ABC):
         budget, block: N and B.
         evict_every: k, the generated tokens that may pile up before k tokens leave at once.
         seen: tokens read since the last reset.
+        fills: the artifact has the method `fill`.
+        fits: all tokens that were announced fit the cache.
         staged: tokens that wait for the next eviction, below k.
     """
 
     def __init__(self, budget: int, block: int, evict_every: int = 1) -> None:
         self.budget, self.block, self.evict_every = budget, block, evict_every
         self.seen = self.staged = 0
+        self.fills = self.fits = False
 
     def reset(self) -> None:
         """Forgets everything read so far. Slots are not cleared: what is held follows from the position."""
         self.seen = self.staged = 0
+        self.fits = False
+
+    def expect(self, tokens: int) -> None:
+        """Announces the most tokens that will be held in all before the next reset.
+
+        Where they fit the cache, an artifact that has the method `fill` reads single tokens with it: the same, without
+        the cost of eviction. Without an announcement `decode` reads them, so that no method has to be loaded halfway.
+        """
+        self.fits = tokens <= self.budget
 
     def step(self, tokens: list[int]) -> Logits:
         """Reads 1 <= T <= B tokens and returns the logits [V] after the last; one token goes through `decode`.
