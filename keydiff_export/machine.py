@@ -63,6 +63,12 @@ def rss_bytes() -> int | None:
     return None if now is None else int(now.split()[0]) * 1024
 
 
+def anonymous_bytes() -> int | None:
+    """Resident memory of this process now without pages of mapped files; None where the system does not say."""
+    now = _first_field("/proc/self/status", "RssAnon")
+    return None if now is None else int(now.split()[0]) * 1024
+
+
 @dataclass(frozen=True)
 class Usage:
     """Processor time in seconds since some moment: of the whole machine, and of this process.

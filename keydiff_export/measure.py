@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from .child import resolve
 from .errors import UserError
 from .generation import Sampling, stream
-from .machine import Usage, copy_bandwidth, peak_rss_bytes, rss_bytes
+from .machine import Usage, anonymous_bytes, copy_bandwidth, peak_rss_bytes, rss_bytes
 from .runtime import open_artifact
 from .runtime.base import Runner
 
@@ -82,7 +82,8 @@ def measure(
     Returns:
         load_s, until two prompts of 32 tokens are answered, since some load only then; ttft_s, from the prompt to its
         first token, all being loaded; prefill_tokens_per_s; decode_ms, a list with the time of each token after the
-        first; peak_rss_bytes, and base_rss_bytes of it before loading; copy_bytes_per_s of the machine just after;
+        first; peak_rss_bytes, and base_rss_bytes of it before loading; anonymous_rss_bytes, the most without pages of
+        mapped files at the end of the prompt and of every token; copy_bytes_per_s of the machine just after;
         shares of the machine that others took and that were stolen.
 
     Raises:
@@ -98,7 +99,13 @@ def measure(
     for answer in (WARM_UP_ANSWER, 1):
         session.read(Prompt(ids[:few], text[: 4 * few]), answer, lambda: None)
     times = [time.perf_counter()]
-    session.read(Prompt(ids, text), count, lambda: times.append(time.perf_counter()))
+    anonymous: list[int] = []
+
+    def emit() -> None:
+        times.append(time.perf_counter())
+        anonymous.append(anonymous_bytes() or 0)
+
+    session.read(Prompt(ids, text), count, emit)
     if len(times) < 3:
         raise UserError(f"it ended its answer after {len(times) - 1} tokens")
     peak, shares = peak_rss_bytes(), Usage.now().shares_since(before)
@@ -110,6 +117,7 @@ def measure(
         "decode_ms": [round((b - a) * 1e3, 4) for a, b in pairwise(times[1:])],
         "peak_rss_bytes": peak,
         "base_rss_bytes": base,
+        "anonymous_rss_bytes": max(anonymous) or None,
         "copy_bytes_per_s": copy_bandwidth(threads),
         **shares,
     }

@@ -66,6 +66,7 @@ class Clock:
             "decode_ms": [unit, unit, 100 * unit],
             "peak_rss_bytes": unit,
             "base_rss_bytes": unit / 2,
+            "anonymous_rss_bytes": None if name == "echo" else unit,
             "copy_bytes_per_s": 1e9,
             "stolen": None,
             "others": 0.5,
@@ -131,6 +132,8 @@ def test_growth_bandwidth_and_notes(folder: OutputFolder, peer: str) -> None:
     report = bench_folder(folder, [peer], [10, 30], decode_tokens=4, repeats=1, threads=1, call=Clock())
     growth = {row["name"]: row for row in report["growth"]}
     assert growth["echo"]["decode_ms"]["median"] == pytest.approx(1.01**3)
+    assert growth["onnx-cpu"]["anonymous_rss_bytes"] == growth["onnx-cpu"]["decode_ms"]
+    assert growth["echo"]["anonymous_rss_bytes"] is None
     rows = {(row["name"], row["prompt_tokens"]): row for row in report["summary"]}
     # Two layers, two KV heads of 32: 256 numbers of two bytes a token beside 1000 bytes of weights.
     assert rows["echo", 30]["bytes_a_token"] == 1000 + 30 * 2 * 2 * 2 * 32 * 2
@@ -172,6 +175,7 @@ def test_a_measurement_in_a_child(folder: OutputFolder, target: str) -> None:
     assert min(figures["decode_ms"]) > 0
     assert figures["prefill_tokens_per_s"] == pytest.approx(50 / figures["ttft_s"])
     assert figures["base_rss_bytes"] < figures["peak_rss_bytes"]
+    assert 0 < figures["anonymous_rss_bytes"] < figures["peak_rss_bytes"]
     # ONNX Runtime runs without torch in the process, which this one has loaded.
     assert runtime == "executorch" or figures["peak_rss_bytes"] < peak_rss_bytes() / 2
 

@@ -91,7 +91,10 @@ class OnnxRuntimeRunner(Runner):
             if is_state and item.name in self._state:
                 value = self._state[item.name]
             else:
-                value = ort.OrtValue.ortvalue_from_numpy(np.zeros(item.shape, DTYPES[item.type]))
+                zeros = np.zeros(item.shape, DTYPES[item.type])
+                # Written, so that a cache has all of its memory from the start and a longer prompt takes no more.
+                zeros.fill(0)
+                value = ort.OrtValue.ortvalue_from_numpy(zeros)
                 (self._state if is_state else fed)[item.name] = value
             binding.bind_ortvalue_input(item.name, value)
         for item in session.get_outputs():
