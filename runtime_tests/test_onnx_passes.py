@@ -216,6 +216,61 @@ def test_a_difference_to_a_negative_is_a_sum() -> None:
     assert optimized(model({"x": [3, 4], "z": [4]}, other, {"y": [3, 4]})) == {"Neg": 1, "Sub": 1}
 
 
+def attention(width: int, length: int = 1, turned: str = "angles") -> onnx.ModelProto:
+    """Four query and two KV heads behind a cache of three tokens; others read the rotated keys and the values, too."""
+    sizes = {"q": 4 * width, "k": 2 * width, "v": 2 * width}
+    heads = {"q": {"num_heads": 4}, "k": {"num_heads": 2}}
+    nodes: list[Node] = [
+        ("Relu", ["x"], ["packed"], {}),
+        ("Split", ["packed", "sizes"], list(sizes), {"axis": -1}),
+        *(
+            ("ms.RotaryEmbedding", [part, "places", "cos", sin], [f"{part}_turned"], heads[part])
+            for part, sin in (("q", "sin"), ("k", "sin" if turned == "angles" else "cos"))
+        ),
+        (
+            "ms.GroupQueryAttention",
+            ["q_turned", "k_turned", "v", "keys", "values", "last", "total"],
+            ["out", "keys_next", "values_next"],
+            {"num_heads": 4, "kv_num_heads": 2},
+        ),
+        ("Neg", ["k_turned"], ["key"], {}),
+        ("Neg", ["v"], ["value"], {}),
+    ]
+    half, cache = [length, width // 2], [1, 2, 8, width]
+    constants = {
+        "sizes": shape(*sizes.values()),
+        "places": np.arange(length).reshape(1, length),
+        "last": np.array([2 + length], dtype=np.int32),
+        "total": np.array([3 + length], dtype=np.int32),
+    }
+    row = [1, length, sizes["k"]]
+    proto = model(
+        {"x": [1, length, sum(sizes.values())], "cos": half, "sin": half, "keys": cache, "values": cache},
+        nodes,
+        {"out": [1, length, sizes["q"]], "keys_next": cache, "values_next": cache, "key": row, "value": row},
+        **constants,
+    )
+    for part in ("q", "k"):
+        value = helper.make_tensor_value_info(f"{part}_turned", TensorProto.FLOAT, [1, length, sizes[part]])
+        proto.graph.value_info.append(value)
+    return proto
+
+
+def test_attention_rotates_a_token_by_itself() -> None:
+    found = optimized(attention(32))
+    assert found["RotaryEmbedding"] == found["Split"] == 0
+    # The token's key and value out of the cache; slot, its column, and where they are, made once; two tables of angles.
+    assert found["GatherND"] == 2
+    assert (found["Cast"], found["Expand"], found["Concat"]) == (1, 3, 1)
+
+
+@pytest.mark.parametrize(("width", "length", "turned"), [(24, 1, "angles"), (32, 2, "angles"), (32, 1, "otherwise")])
+def test_other_rotations_stay(width: int, length: int, turned: str) -> None:
+    """Heads that the operator does not take, a block, and queries turned by other angles than keys."""
+    found = optimized(attention(width, length, turned))
+    assert (found["RotaryEmbedding"], found["Split"], found["GatherND"]) == (2, 1, 0)
+
+
 def test_an_artifact_has_fused_operators(tiny_folder: Path, tmp_path: Path) -> None:
     """One of each a layer or two; a policy that wants probabilities has attention spelled out."""
     counts = {}
@@ -224,11 +279,11 @@ def test_an_artifact_has_fused_operators(tiny_folder: Path, tmp_path: Path) -> N
         folder = keydiff_export.export(spec, tmp_path / policy, validate=False)
         methods = inspect_folder(folder)["artifacts"][0]["methods"]
         counts[policy] = {name: method["kernels_outside_delegates"] for name, method in methods.items()}
-    for method in ("prefill", "decode"):
+    for method in ("prefill", "decode", "fill"):
         found = counts["keydiff"][method]
         # Two layers: merged q, k, v and gate, up; two more products a layer; the head.
         assert found["com.microsoft::MatMulNBits"] == 2 * 4 + 1
-        assert found["com.microsoft::RotaryEmbedding"] == 4
+        assert found.get("com.microsoft::RotaryEmbedding", 0) == (4 if method == "prefill" else 0)
         assert found["com.microsoft::GroupQueryAttention"] == 2
         assert found["com.microsoft::SkipSimplifiedLayerNormalization"] == 5
         assert found["com.microsoft::QuickGelu"] == 2

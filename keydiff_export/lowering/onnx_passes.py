@@ -2,6 +2,7 @@
 
     pass              what it does
     drop_layout       operators that only change a shape and leave the numbers in order: none, or one Reshape
+    fuse_rotation     queries, keys and values of a single token as one input of GroupQueryAttention, which rotates them
     join_reshapes     a Concat along the first axis of what was reshaped alike: of what it was before, then one Reshape
     merge_products    MatMulNBits of one input (queries, keys and values; gate and up) as one, then a Split
     fuse_residuals    an addition and the norm behind it as SkipSimplifiedLayerNormalization
@@ -23,6 +24,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 _LAYOUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Gather")
 _MICROSOFT = "com.microsoft"
+# Heads that GroupQueryAttention rotates are as wide as a multiple of this.
+_ROTATED_WIDTH = 16
 # Caches are far larger than what a step computes; following their numbers one by one would take a trace's time.
 _LARGEST = 1 << 18
 
@@ -32,6 +35,8 @@ def optimize(model: ir.Model) -> None:
     graph = model.graph
     merge_products(graph)
     fuse_unit_length(graph)
+    drop_layout(graph)
+    fuse_rotation(graph)
     drop_layout(graph)
     join_reshapes(graph)
     add_negated(graph)
@@ -81,6 +86,75 @@ def _moved(node: ir.Node, order: np.ndarray) -> np.ndarray:
     if node.op_type == "Transpose":
         return order.transpose(_attribute(node, "perm", list(range(order.ndim))[::-1]))
     return order.reshape(_shape(node.outputs[0]))
+
+
+def fuse_rotation(graph: ir.Graph) -> None:
+    """Of a single token: queries, keys and values as one input of GroupQueryAttention, which rotates by itself.
+
+    What else needs the token's rotated key or its value takes it out of the cache, where the operator has put it.
+    """
+    for attention in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+        query, key, value, keys, values, last, total = attention.inputs[:7]
+        rotations = [None if part is None else part.producer() for part in (query, key)]
+        parts = [_behind(part, "RotaryEmbedding") for part in (query, key)] + [value]
+        split = None if value is None else value.producer()
+        if split is None or split.op_type != "Split" or list(split.outputs) != parts or _shape(query)[:2] != [1, 1]:
+            continue
+        if _shape(keys)[3] % _ROTATED_WIDTH:
+            continue
+        assert rotations[0] is not None
+        assert rotations[1] is not None
+        angles = list(rotations[0].inputs[1:])
+        if list(rotations[1].inputs[1:]) != angles:
+            continue
+        # The operator looks the angles up by position_ids, which are 0, in tables as long as the cache.
+        place, *tables = angles
+        length = _constant(graph, np.array([_shape(keys)[2], 1]))
+        cos, sin = (_once(graph, attention, "Expand", [table, length]) for table in tables)
+        attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
+        fused = ir.node(
+            "GroupQueryAttention",
+            [split.inputs[0], None, None, keys, values, last, total, cos, sin, place],
+            {**attributes, "do_rotary": 1},
+            domain=_MICROSOFT,
+            num_outputs=3,
+        )
+        graph.insert_before(attention, fused)
+        for old, new in zip(attention.outputs, fused.outputs, strict=True):
+            _take_over(old, new)
+        graph.remove(attention, safe=True)
+        for own, cache in ((key, fused.outputs[1]), (value, fused.outputs[2])):
+            if own is not None and own.uses():
+                _take_over(own, _own_row(graph, fused, cache, last, _shape(own)))
+
+
+def _own_row(graph: ir.Graph, before: ir.Node, cache: ir.Value, last: ir.Value | None, shape: list[int]) -> ir.Value:
+    """The row of every head of a cache [1, H, S, d] in slot `last` (int32 [1]), reshaped."""
+    heads = _shape(cache)[1]
+    pairs = _constant(graph, np.array([[0, head] for head in range(heads)]))
+    slot = _once(graph, before, "Cast", [last], to=int(ir.DataType.INT64))
+    column = _once(graph, before, "Expand", [slot, _constant(graph, np.array([heads, 1]))])
+    address = _once(graph, before, "Concat", [pairs, column], axis=1)
+    after = ir.node("GatherND", [cache, address], {})
+    after.outputs[0].name = f"{cache.name}_own"
+    after.outputs[0].dtype, after.outputs[0].shape = cache.dtype, ir.Shape([heads, _shape(cache)[3]])
+    reshaped = ir.node("Reshape", [after.outputs[0], _constant(graph, np.array(shape))], {})
+    reshaped.outputs[0].name = f"{cache.name}_own_row"
+    graph.insert_after(before, [after, reshaped])
+    return reshaped.outputs[0]
+
+
+def _once(
+    graph: ir.Graph, before: ir.Node, operator: str, inputs: list[ir.Value | None], **attributes: Any
+) -> ir.Value:
+    """Output of an operator, made before a node unless the graph has one of the same inputs."""
+    for use in () if inputs[0] is None else inputs[0].uses():
+        if use.node.op_type == operator and list(use.node.inputs) == inputs:
+            return use.node.outputs[0]
+    made = _inserted(graph, before, operator, inputs, attributes)
+    assert inputs[0] is not None
+    made.name = f"{inputs[0].name}_{operator}"
+    return made
 
 
 def join_reshapes(graph: ir.Graph) -> None:
@@ -202,7 +276,9 @@ def _inserted(
 
 def _constant(graph: ir.Graph, numbers: np.ndarray) -> ir.Value:
     """An initializer of int64 numbers, one for all that ask for the same."""
-    name = "numbers_" + "_".join(str(number) for number in numbers)
+    name = "numbers_" + "_".join(
+        str(number) for number in (*numbers.ravel(), *("in", len(numbers)) * (numbers.ndim > 1))
+    )
     if name not in graph.initializers:
         graph.register_initializer(_initializer(name, numbers.astype(np.int64)))
     return graph.initializers[name]
