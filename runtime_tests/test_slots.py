@@ -173,6 +173,13 @@ def test_of_equal_scores_the_newer_leaves_first(score: float) -> None:
         assert ops.last_of_largest(torch.full((1, 4), score), torch.tensor([positions])).tolist() == [3]
 
 
+@pytest.mark.parametrize("ops", [TorchOps(), OnnxOps(), ExecuTorchOps()], ids=lambda ops: type(ops).__name__)
+def test_the_first_token_can_leave(ops: Any) -> None:
+    """Position 0, which a product with the position would not tell from a token that stays."""
+    scores, positions = torch.tensor([[0.9, 0.2, 0.4], [0.9, 0.2, 0.9]]), torch.tensor([[0.0, 5.0, 2.0]] * 2)
+    assert ops.last_of_largest(scores, positions).tolist() == [0, 2]
+
+
 def test_the_tie_break_never_reorders_different_scores() -> None:
     for score in (0.5, -0.5, 1e-20, -3e-12):
         above = torch.nextafter(torch.tensor(score), torch.tensor(1.0)).item()

@@ -276,9 +276,8 @@ def _inserted(
 
 def _constant(graph: ir.Graph, numbers: np.ndarray) -> ir.Value:
     """An initializer of int64 numbers, one for all that ask for the same."""
-    name = "numbers_" + "_".join(
-        str(number) for number in (*numbers.ravel(), *("in", len(numbers)) * (numbers.ndim > 1))
-    )
+    rows = "" if numbers.ndim == 1 else f"_in_{len(numbers)}"
+    name = "numbers_" + "_".join(str(number) for number in numbers.ravel()) + rows
     if name not in graph.initializers:
         graph.register_initializer(_initializer(name, numbers.astype(np.int64)))
     return graph.initializers[name]
