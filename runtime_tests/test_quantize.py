@@ -70,3 +70,9 @@ def test_a_layer_in_onnx_runtime_equals_its_twin(
     session = ort.InferenceSession(program.model_proto.SerializeToString())
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     assert sqnr(module(x).numpy(), found) > 100
+
+
+@pytest.mark.parametrize(("quant", "head", "body"), [("8da4w", 8, 4), ("8da4w-head4", 4, 4), ("int8", 8, 8)])
+def test_bits_of_head_and_body(tiny: LoadedModel, quant: str, head: int, body: int) -> None:
+    model = twin(quantize(tiny.model, quant), "int8_per_token")
+    assert [model.get_submodule(layer).bits for layer in LAYERS] == [body, head]
