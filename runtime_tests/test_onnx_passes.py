@@ -227,33 +227,36 @@ def attention(width: int, length: int = 1, turned: str = "angles") -> onnx.Model
             ("ms.RotaryEmbedding", [part, "places", "cos", sin], [f"{part}_turned"], heads[part])
             for part, sin in (("q", "sin"), ("k", "sin" if turned == "angles" else "cos"))
         ),
+        # Before the cache has the row that it will read.
+        ("Reshape", ["k_turned", "rows"], ["k_rows"], {}),
         (
             "ms.GroupQueryAttention",
             ["q_turned", "k_turned", "v", "keys", "values", "last", "total"],
             ["out", "keys_next", "values_next"],
             {"num_heads": 4, "kv_num_heads": 2},
         ),
-        ("Neg", ["k_turned"], ["key"], {}),
+        ("Neg", ["k_rows"], ["key"], {}),
         ("Neg", ["v"], ["value"], {}),
     ]
     half, cache = [length, width // 2], [1, 2, 8, width]
     constants = {
         "sizes": shape(*sizes.values()),
+        "rows": shape(2, length, width),
         "places": np.arange(length).reshape(1, length),
         "last": np.array([2 + length], dtype=np.int32),
         "total": np.array([3 + length], dtype=np.int32),
     }
-    row = [1, length, sizes["k"]]
+    key, value = [2, length, width], [1, length, sizes["v"]]
     proto = model(
         {"x": [1, length, sum(sizes.values())], "cos": half, "sin": half, "keys": cache, "values": cache},
         nodes,
-        {"out": [1, length, sizes["q"]], "keys_next": cache, "values_next": cache, "key": row, "value": row},
+        {"out": [1, length, sizes["q"]], "keys_next": cache, "values_next": cache, "key": key, "value": value},
         **constants,
     )
     for part in ("q", "k"):
-        value = helper.make_tensor_value_info(f"{part}_turned", TensorProto.FLOAT, [1, length, sizes[part]])
-        proto.graph.value_info.append(value)
-    return proto
+        turned_part = helper.make_tensor_value_info(f"{part}_turned", TensorProto.FLOAT, [1, length, sizes[part]])
+        proto.graph.value_info.append(turned_part)
+    return onnx.shape_inference.infer_shapes(proto)
 
 
 def test_attention_rotates_a_token_by_itself() -> None:
@@ -262,6 +265,8 @@ def test_attention_rotates_a_token_by_itself() -> None:
     # The token's key and value out of the cache; slot, its column, and where they are, made once; two tables of angles.
     assert found["GatherND"] == 2
     assert (found["Cast"], found["Expand"], found["Concat"]) == (1, 3, 1)
+    # Each from [2, 32] to the shape in which it is read, and not by way of the shape of a projection.
+    assert found["Reshape"] == 2
 
 
 @pytest.mark.parametrize(("width", "length", "turned"), [(24, 1, "angles"), (32, 2, "angles"), (32, 1, "otherwise")])

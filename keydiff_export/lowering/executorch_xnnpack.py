@@ -13,6 +13,9 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.export.graph_signature import ExportGraphSignature
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
 from torchao.utils import unwrap_tensor_subclass
 
 from ..graph import StaticGraph
@@ -26,13 +29,12 @@ from .executorch_ops import ExecuTorchOps
 from .rewrites import (
     drop_provenance,
     half_rotations_to_linear,
-    lazy_code,
     rank_changes_to_reshapes,
     reductions_to_linear,
     run_time_sizes_to_inferred,
-    shallow_provenance,
     wide_joins_to_trees,
 )
+from .tracing import fast_tracing
 from .xnnpack_partition import SegmentPartitioner
 
 FILE = "model.pte"
@@ -61,7 +63,7 @@ class ExecuTorchXnnpack(Target):
             model = unwrap_tensor_subclass(copy.deepcopy(model))
         graph = StaticGraph(model, shape, policy, ExecuTorchOps())
         logging.getLogger("executorch").setLevel(logging.ERROR)
-        with warnings.catch_warnings(), shallow_provenance(), lazy_code():
+        with warnings.catch_warnings(), fast_tracing():
             warnings.simplefilter("ignore")
             with phases.phase("executorch-xnnpack: trace"):
                 # It evicts at every token; where k tokens leave at once it would keep others.
@@ -84,7 +86,7 @@ class ExecuTorchXnnpack(Target):
             with phases.phase("executorch-xnnpack: emit"):
                 lowered = edge.to_executorch(
                     ExecutorchBackendConfig(
-                        memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+                        memory_planning_pass=_Planning(share_mutable_buffers=True),
                         emit_mutable_buffer_names=True,
                     )
                 )
@@ -99,6 +101,18 @@ class ExecuTorchXnnpack(Target):
             for name, program in programs.items()
         }
         return Lowered([FILE], methods, planned)
+
+
+class _Planning(MemoryPlanningPass):
+    """Plans all outputs but those of `snapshot`, the method without inputs: whoever calls it brings memory for them.
+
+    Methods share one arena, as large as the largest needs it; with a copy of the cache in it, every process would hold
+    the cache twice, and only parity checks ever look at the copy.
+    """
+
+    def run(self, graph_module: GraphModule, graph_signature: ExportGraphSignature | None = None) -> PassResult:
+        self.alloc_graph_output = graph_signature is None or bool(graph_signature.user_inputs)
+        return super().run(graph_module, graph_signature)
 
 
 class _Method(nn.Module):

@@ -24,6 +24,7 @@ from .base import Lowered, Phases, Target
 from .onnx_fusions import fused, fused_rotation
 from .onnx_ops import OnnxOps
 from .onnx_passes import optimize
+from .tracing import fast_tracing
 
 DATA_FILE = "weights.data"
 OPSET = 21
@@ -54,7 +55,7 @@ class OnnxCpu(Target):
         graph = StaticGraph(fused(module), shape, policy, OnnxOps())
         models: dict[str, ir.Model] = {}
         for method, examples in graph.methods(fill=True).items():
-            with phases.phase(f"onnx-cpu: trace {method}"), quiet_exporter(), fused_rotation(module):
+            with phases.phase(f"onnx-cpu: trace {method}"), quiet_exporter(), fast_tracing(), fused_rotation(module):
                 models[method] = _export(graph, method, examples)
         with phases.phase("onnx-cpu: write"):
             write_models(models, folder)
@@ -148,9 +149,16 @@ def write_models(models: dict[str, ir.Model], folder: Path) -> None:
                     name=value.name,
                     base_dir=folder,
                 )
-            for node in model.graph:
-                node.metadata_props.clear()
+            _drop_metadata(model)
             ir.save(model, folder / f"{name}.onnx")
+
+
+def _drop_metadata(model: ir.Model) -> None:
+    """What the exporter notes of its source, which is nothing to a runtime."""
+    nodes = list(model.graph)
+    values = [value for node in nodes for value in node.outputs]
+    for part in (model, model.graph, *model.graph.inputs, *model.graph.initializers.values(), *nodes, *values):
+        part.metadata_props.clear()
 
 
 def _io(values: Any) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ def optimize(model: ir.Model) -> None:
     fuse_unit_length(graph)
     drop_layout(graph)
     fuse_rotation(graph)
+    # What reads a row that is now taken out of the cache may stand before it.
+    TopologicalSortPass()(model)
     drop_layout(graph)
     join_reshapes(graph)
     add_negated(graph)

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
-
 import torch
 from executorch.backends.transforms.utils import create_constant_placeholder
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.passes.infra.pass_base import PassResult
 
 aten = torch.ops.aten
@@ -196,36 +188,3 @@ def drop_provenance(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         for key in ("from_node", "stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
             node.meta.pop(key, None)
-
-
-@contextmanager
-def shallow_provenance() -> Iterator[None]:
-    """Keeps torch from deep-copying each node's history at every pass.
-
-    The record only serves debuggers; sharing it between the old node and the new one loses nothing that is read here.
-    """
-    with mock.patch.object(torch.fx.traceback, "copy", SimpleNamespace(copy=copy.copy, deepcopy=lambda record: record)):
-        yield
-
-
-@contextmanager
-def lazy_code() -> Iterator[None]:
-    """Generates a graph module's Python code when it is first called or read, not at every change of the graph.
-
-    Passes interpret graphs node by node and never run that code, so writing and compiling it is wasted.
-    """
-    eager = GraphModule.recompile
-
-    def forward(self: GraphModule, *args: Any, **kwargs: Any) -> Any:
-        eager(self)
-        return self.forward(*args, **kwargs)
-
-    def postpone(self: GraphModule) -> None:
-        codegen = self._graph._codegen
-        if isinstance(codegen, _PyTreeCodeGen):
-            self._in_spec, self._out_spec = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
-        self._code = ""
-        type(self).forward = forward
-
-    with mock.patch.object(GraphModule, "recompile", postpone):
-        yield
