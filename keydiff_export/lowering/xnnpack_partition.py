@@ -121,7 +121,9 @@ def _postpone(graph: Graph, group_of: dict[Node, int], group_level: dict[int, in
     members: dict[int, list[Node]] = defaultdict(list)
     for node, number in group_of.items():
         members[number].append(node)
-    sources, readers, free = {}, {}, {}
+    sources: dict[int, set[Node]] = {}
+    readers: dict[int, set[Node]] = {}
+    free: dict[int, bool] = {}
     for node in graph.nodes:
         if node not in group_of or node is not members[group_of[node]][-1]:
             continue
