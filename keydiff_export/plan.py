@@ -135,6 +135,11 @@ def arena_bytes(model: ModelSizes, slots: int, block: int, dtype: str = "float32
         moves     2 L H B d, 3/4 R B S                        rows in the cache's dtype, above what the mask left
         logits    V + D                                       float32
 
+    and where the cache is stored in fewer bits, in float32 beside one of them or all layers' at once
+
+        unpacked  H S d                               one layer, with its mask and streams
+        kept      L H S (d or 2 d) + 4 L H S          keys (int8), values as well (float16): decode unpacks all first
+
     The share of the mask is fitted to thirty layers with N = 512 and 1,024. ExecuTorch places tensors greedily, so the
     arena of a program is up to a tenth away from this; state and arena together are within 5 %.
     """
@@ -142,10 +147,12 @@ def arena_bytes(model: ModelSizes, slots: int, block: int, dtype: str = "float32
     mask = model.query_heads // model.kv_heads * block * slots
     stream = 2 * block * (model.query_heads * width + model.hidden + model.kv_heads * width + 2 * width)
     moved = CacheShape(model.layers, model.kv_heads, width, block, 0, dtype).bytes
+    unpacked = {"float32": 0, "float16": 2, "int8": 1}[dtype] * width
     return max(
-        FLOAT * (mask + stream),
+        FLOAT * (mask + stream + bool(unpacked) * model.kv_heads * slots * width),
         8 * 6 * rows * slots,
         moved + FLOAT * 3 * mask // 4,
+        bool(unpacked) * FLOAT * rows * slots * (unpacked + 4),
         FLOAT * (model.vocabulary + model.hidden),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -119,22 +118,6 @@ def test_an_artifact_equals_its_reference(
     assert kept.jaccard / kept.compared > 0.99
     sqnr = compare_logits(ours, theirs)["sqnr_db"]
     assert sqnr is None or sqnr > 40
-
-
-def test_packed_keys_are_unpacked_where_they_are_read(folders: dict[tuple[str, int], OutputFolder]) -> None:
-    """Inside the delegate that attends to them: none of a layer's float32 keys or values is handed on."""
-    from executorch.exir._serialize._program import deserialize_pte_binary
-    from executorch.exir.schema import ScalarType, Tensor
-
-    folder = folders["int8", 1]
-    program = deserialize_pte_binary((folder.path / "executorch-xnnpack" / "model.pte").read_bytes()).program
-    plan = next(plan for plan in program.execution_plan if plan.name == "decode")
-    shape = folder.shape
-    numbers = shape.kv_heads * shape.slots * shape.head_dim
-    tensors = [value.val for value in plan.values if isinstance(value.val, Tensor) and value.val.allocation_info]
-    assert any(tensor.scalar_type == ScalarType.CHAR and math.prod(tensor.sizes) == numbers for tensor in tensors)
-    handed = [t.sizes for t in tensors if t.scalar_type == ScalarType.FLOAT and math.prod(t.sizes) == numbers]
-    assert not handed
 
 
 @pytest.mark.parametrize("target", ["executorch-xnnpack", "onnx-cpu"])

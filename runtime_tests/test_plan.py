@@ -49,6 +49,17 @@ SMALL = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
+SMOLLM: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
 LLAMA_1B: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -109,7 +120,7 @@ def check(folder: OutputFolder) -> None:
         assert artifact["cache_bytes"] == cache_bytes(model, shape.slots, shape.dtype)
         assert files == pytest.approx(artifact["bytes"], rel=0.05)
         if artifact["target"] == "executorch-xnnpack":
-            planned = artifact["methods"]["prefill"]["planned_memory_bytes"]
+            planned = artifact["planned_memory_bytes"]
             assert state + activations == pytest.approx(planned, rel=0.05)
             assert activations == pytest.approx(planned - state, rel=0.1)
             # Methods share an arena: a copy of the cache planned for parity's sake would be held by every process.
@@ -140,6 +151,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> OutputFolder:
 
 def test_memory_is_that_of_an_exported_folder(exported: OutputFolder) -> None:
     check(exported)
+
+
+@pytest.mark.parametrize("card", ["smollm2-135m", "smollm2-135m-4bit", "smollm2-135m-fp32", "smollm2-135m-int8-cache"])
+def test_planned_memory_is_that_of_a_shipped_card(card: str) -> None:
+    """Thirty layers, N = 512, float32 and int8 caches, as they were exported when the card was locked."""
+    folder = Path(__file__).parent.parent / "graphs" / card
+    spec, results = (folder / "spec.yaml").read_text(), json.loads((folder / "results.json").read_text())
+    dtype = "int8" if "cache_dtype: int8" in spec else "float32"
+    model, slots, block = llama(SMOLLM), 640, 128
+    planned = all_state_bytes(model, slots, dtype) + arena_bytes(model, slots, block, dtype)
+    assert planned == pytest.approx(results["targets"]["executorch-xnnpack"]["planned_memory_bytes"], rel=0.05)
 
 
 def test_state_is_the_programs_arena_to_the_byte(exported: OutputFolder) -> None:
@@ -202,7 +224,8 @@ def test_an_int8_cache_takes_a_little_more_than_a_quarter() -> None:
     full, small = (cache_bytes(model, 1152, dtype) for dtype in ("float32", "int8"))
     assert small == full // 4 + 2 * 4 * 16 * 8 * 1152
     requests = [replace(REQUEST, cache_dtype=dtype, ram=2_200_000_000) for dtype in ("float32", "int8")]
-    assert largest_budget(model, requests[1]) > 2 * largest_budget(model, requests[0])
+    # Not four times as large: a decode step of a .pte unpacks the keys of all layers.
+    assert largest_budget(model, requests[1]) > 1.25 * largest_budget(model, requests[0])
 
 
 def test_notes_say_what_is_not_served() -> None:

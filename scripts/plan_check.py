@@ -69,7 +69,7 @@ def check(path: Path) -> None:
         rows = [
             ("files", file_bytes(model, storage), inspected["bytes"]),
             ("cache", cache_bytes(model, shape.slots, shape.dtype), inspected["cache_bytes"]),
-            ("state and arena", state + arena, inspected["methods"]["prefill"]["planned_memory_bytes"]),
+            ("state and arena", state + arena, inspected["planned_memory_bytes"]),
             ("resident", memory_bytes(model, request, shape.slots), gained),
         ]
         for name, planned, actual in rows:

@@ -112,32 +112,23 @@ def _runs(nodes: list[Node], group_of: dict[Node, int]) -> list[list[Node]]:
 
 
 def _postpone(graph: Graph, group_of: dict[Node, int], group_level: dict[int, int]) -> None:
-    """Moves what needs nothing of a delegate, node or chain, and what only delegates read into the first of those.
+    """Moves every node that needs nothing of a delegate, and that only delegates read, into the first of those.
 
-    Else a transposed or unpacked cache would be computed by the first delegate of all and handed on as a copy, that of
-    every layer at once. What needs a delegate's result stays with it: moved, it could drag along something large that
-    is then handed on in its place.
+    Else a transposed view of a cache would be computed by the first delegate of all and handed on as a copy. What needs
+    a delegate's result stays with it: moved, it could drag along something large that is then handed on in its place.
     """
     members: dict[int, list[Node]] = defaultdict(list)
     for node, number in group_of.items():
         members[number].append(node)
-    sources: dict[int, set[Node]] = {}
-    readers: dict[int, set[Node]] = {}
-    free: dict[int, bool] = {}
-    for node in graph.nodes:
+    for node in reversed(graph.nodes):
         if node not in group_of or node is not members[group_of[node]][-1]:
             continue
         number = group_of[node]
         own = set(members[number])
-        sources[number] = {source for member in own for source in member.all_input_nodes} - own
-        readers[number] = {user for member in own for user in member.users} - own
-        free[number] = all(
-            source not in group_of or (free.get(group_of[source], False) and readers[group_of[source]] <= own)
-            for source in sources[number]
-        )
-    for number in reversed(free):
-        if free[number] and readers[number] and all(user in group_of for user in readers[number]):
-            group_level[number] = min(group_level[group_of[user]] for user in readers[number])
+        sources = {source for member in own for source in member.all_input_nodes} - own
+        readers = {user for member in own for user in member.users} - own
+        if readers and all(user in group_of for user in readers) and not any(source in group_of for source in sources):
+            group_level[number] = min(group_level[group_of[user]] for user in readers)
 
 
 def _views_storage(node: Node) -> bool:
