@@ -47,7 +47,8 @@ def main() -> None:
         rested = decode_after(runner, short)
         print(
             f"{artifact['target']}: {first:.2f} ms after {short} tokens; over it: "
-            f"after {options.tokens} {long / first:.3f}, after {short} right behind {behind / first:.3f}, after a rest {rested / first:.3f}",
+            f"after {options.tokens} {long / first:.3f}, "
+            f"after {short} right behind {behind / first:.3f}, after a rest {rested / first:.3f}",
             flush=True,
         )
 
